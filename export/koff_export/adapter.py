@@ -1,0 +1,56 @@
+"""Reads one memory, an `.onnx_adapter`, and refuses what does not fit the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from koff_export.errors import KoffError
+
+
+def first_line(error: Exception) -> str:
+    """The first line of ONNX Runtime's message, which may hold a stack of them."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def open_adapter(path: Path, name: str, slots: Mapping[str, Any]) -> tuple[ort.LoraAdapter, int]:
+    """Opens the memory `name`.
+
+    Args:
+        path: The `.onnx_adapter` file.
+        name: The memory's name, for messages.
+        slots: The graph's slots by name, as `InferenceSession.get_overridable_initializers` describes them.
+
+    Returns:
+        The adapter, and the length P of its learned KV (0 without one).
+
+    Raises:
+        KoffError: the file is damaged, or its tensors do not fit the slots or one another.
+    """
+    try:
+        parameters = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+        found = {key: (value.shape(), value.data_type()) for key, value in parameters.items()}
+        adapter = ort.LoraAdapter()
+        adapter.Load(str(path))
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise KoffError(f"cannot read the memory {path}: {first_line(error)}") from error
+    foreign = f"the memory {name!r} belongs to another backbone"
+    sizes: dict[str, int] = {}
+    for key, (shape, dtype) in found.items():
+        slot = slots.get(key)
+        if slot is None or dtype != slot.type or len(shape) != len(slot.shape):
+            raise KoffError(f"{foreign}: this graph has no slot {key!r} of its kind")
+        for want, got in zip(slot.shape, shape, strict=True):
+            # A number is fixed; a name ("memory", "rank_3") is free, but the same wherever it stands.
+            if got != (want if isinstance(want, int) else sizes.setdefault(str(want), got)):
+                raise KoffError(f"{foreign}: its {key!r} has the shape {shape} where {slot.shape} is needed")
+    kv_slots = {key for key in slots if key.startswith("memory.")}
+    halves = found.keys() - kv_slots
+    partners = {key.replace(".lora_A.", ".lora_B.") for key in halves}
+    partners |= {key.replace(".lora_B.", ".lora_A.") for key in halves}
+    if partners != halves or (found.keys() & kv_slots) not in (set(), kv_slots):
+        raise KoffError(f"the memory {name!r} is incomplete: fetch it again")
+    return adapter, sizes.get("memory", 0)

@@ -1,0 +1,317 @@
+"""The bundle, format 1: its manifest `koff.json`, and the checks before anything in it is believed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from koff_export.errors import KoffError
+from koff_export.files import read_json, safe_join, sha256_file, write_json
+
+FORMAT = 1
+MANIFEST = "koff.json"
+# Kinds of file a bundle may hold. What is not here (pickles, scripts, libraries) could run code when opened.
+_SUFFIXES = (
+    ".json",
+    ".safetensors",
+    ".onnx",
+    ".onnx.data",
+    ".onnx_adapter",
+    ".md",
+    ".txt",
+    ".jinja",
+    ".model",
+)
+_PLAIN_NAMES = ("LICENSE", "NOTICE")
+# Memories may be dropped into a finished bundle; every other file must be in the manifest.
+_OPEN_FOLDERS = ("memories/", "onnx/memories/")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain's memory, as the manifest tells it.
+
+    Attributes:
+        kv_tokens: Length P of the learned KV; 0 without one.
+        lora_rank: Rank r; 0 without LoRA.
+        lora_alpha: The scale is alpha / rank.
+        rope: "post": keys are stored with their rotation applied.
+        parameters: Size of the memory.
+        adapter: Path of the `.onnx_adapter` in the bundle, or None without an ONNX graph.
+        peft: Path of the PEFT folder in the bundle, or None.
+    """
+
+    kv_tokens: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 0
+    rope: str = "post"
+    parameters: int = 0
+    adapter: str | None = None
+    peft: str | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The ONNX graph, as `koff_export.onnx.GraphInfo`; `precisions` maps a name ("fp32") to a path."""
+
+    layers: int
+    kv_heads: list[int]
+    head_dim: int
+    vocab_size: int
+    inputs: list[str]
+    outputs: list[str]
+    precisions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of koff.json.
+
+    Attributes:
+        format: Always 1 here.
+        koff_prune: Version that wrote the bundle.
+        model: The dense model: source, revision, config_sha256.
+        plan: Digest of the plan.
+        parameters: Counts: dense, slim.
+        sparsity: target, realised, of.
+        window: Evaluation window, in tokens, `bos` counted.
+        bos: Token that starts every window and prompt, or None.
+        eos: Tokens that end a text.
+        domains: Memories by domain name.
+        graph: The ONNX graph, or None in a bundle without one.
+        context: Positions of the model, memory and text together; None if unknown.
+        numerics: What was measured at export.
+        files: By path: {"sha256", "size"}.
+    """
+
+    format: int
+    koff_prune: str
+    model: dict[str, Any]
+    plan: str
+    parameters: dict[str, int]
+    sparsity: dict[str, Any]
+    window: int
+    bos: int | None
+    eos: list[int]
+    domains: dict[str, Domain]
+    graph: Graph | None
+    context: int | None = None
+    numerics: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class _Reader:
+    """Takes typed values out of one JSON object, and says where a wrong one stands."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        self.where = where
+        if not isinstance(value, dict):
+            raise KoffError(f"{where} is not a JSON object: the bundle is damaged or foreign")
+        self.value: dict[str, Any] = value
+
+    def fail(self, key: str, wanted: str) -> KoffError:
+        return KoffError(f"{self.where}: key {key!r} is not {wanted}: the bundle is damaged or foreign")
+
+    def count(self, key: str, default: int | None = None, least: int = 0) -> int:
+        found = self.value.get(key, default)
+        if type(found) is not int or not least <= found < 1 << 62:
+            raise self.fail(key, f"a whole number of at least {least}")
+        return found
+
+    def maybe_count(self, key: str) -> int | None:
+        return None if self.value.get(key) is None else self.count(key)
+
+    def number(self, key: str, default: float) -> float:
+        found = self.value.get(key, default)
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
+            raise self.fail(key, "a number")
+        return found
+
+    def text(self, key: str, default: str | None = None) -> str:
+        found = self.value.get(key, default)
+        if not isinstance(found, str):
+            raise self.fail(key, "a text")
+        return found
+
+    def maybe_text(self, key: str) -> str | None:
+        return None if self.value.get(key) is None else self.text(key)
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        found = self.value.get(key, {})
+        if not isinstance(found, dict):
+            raise self.fail(key, "a JSON object")
+        return found
+
+    def items(self, key: str, kind: type) -> list[Any]:
+        found = self.value.get(key, [])
+        if not isinstance(found, list) or not all(type(item) is kind for item in found):
+            raise self.fail(key, f"a list of {kind.__name__}")
+        return found
+
+
+def _domain(name: str, value: Any, where: str) -> Domain:
+    # Names become file names and command words.
+    if (
+        not name
+        or name == "none"
+        or "/" in name
+        or "\\" in name
+        or name.startswith(".")
+        or not name.isprintable()
+    ):
+        raise KoffError(f"{where}: {name!r} is no name for a domain: the bundle is damaged or hostile")
+    r = _Reader(value, f"{where}, domain {name!r}")
+    return Domain(
+        kv_tokens=r.count("kv_tokens", 0),
+        lora_rank=r.count("lora_rank", 0),
+        lora_alpha=r.number("lora_alpha", 0),
+        rope=r.text("rope", "post"),
+        parameters=r.count("parameters", 0),
+        adapter=r.maybe_text("adapter"),
+        peft=r.maybe_text("peft"),
+    )
+
+
+def _graph(value: Any, where: str) -> Graph:
+    r = _Reader(value, f"{where}, graph")
+    graph = Graph(
+        layers=r.count("layers", least=1),
+        kv_heads=r.items("kv_heads", int),
+        head_dim=r.count("head_dim", least=1),
+        vocab_size=r.count("vocab_size", least=1),
+        inputs=r.items("inputs", str),
+        outputs=r.items("outputs", str),
+        precisions=r.mapping("precisions"),
+    )
+    if len(graph.kv_heads) != graph.layers or min(graph.kv_heads, default=0) < 1:
+        raise r.fail("kv_heads", "one count of at least 1 per layer")
+    if not all(isinstance(path, str) for path in graph.precisions.values()):
+        raise r.fail("precisions", "a map of names to paths")
+    return graph
+
+
+def open_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Reads and checks `folder`/koff.json. Unknown keys are left alone: a later format-1 writer may add some.
+
+    Raises:
+        KoffError: no bundle, a newer format, or a value of the wrong kind.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise KoffError(f"{os.fspath(folder)} is not a bundle: it has no {MANIFEST}")
+    where = os.fspath(path)
+    r = _Reader(read_json(path), where)
+    version = r.count("format", least=1)
+    if version > FORMAT:
+        raise KoffError(
+            f"{where} has format {version} and this version reads up to {FORMAT}: update this program"
+        )
+    files = r.mapping("files")
+    for name, entry in files.items():
+        f = _Reader(entry, f"{where}, file {name!r}")
+        f.text("sha256")
+        f.count("size")
+    return Manifest(
+        format=version,
+        koff_prune=r.text("koff_prune", ""),
+        model=r.mapping("model"),
+        plan=r.text("plan", ""),
+        parameters=r.mapping("parameters"),
+        sparsity=r.mapping("sparsity"),
+        window=r.count("window", least=2),
+        bos=r.maybe_count("bos"),
+        eos=r.items("eos", int),
+        domains={name: _domain(name, value, where) for name, value in r.mapping("domains").items()},
+        graph=None if r.value.get("graph") is None else _graph(r.value["graph"], where),
+        context=r.maybe_count("context"),
+        numerics=r.mapping("numerics"),
+        files=files,
+    )
+
+
+def _walk(folder: Path) -> list[str]:
+    """POSIX paths of all files below `folder`, sorted; hidden ones are left out (nothing reads them)."""
+    found = []
+    for base, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            (Path(base) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
+    """Adds `format` and every file's sha256 and size to `manifest` and writes it as `folder`/koff.json.
+
+    Raises:
+        KoffError: the disk refuses, or a value is of a kind that `open_manifest` would refuse.
+    """
+    root = Path(folder)
+    files = {
+        name: {"sha256": sha256_file(root / name), "size": (root / name).stat().st_size}
+        for name in _walk(root)
+        if name != MANIFEST
+    }
+    write_json(root / MANIFEST, {"format": FORMAT, **manifest, "files": files})
+    open_manifest(root)
+
+
+def _check_kind(name: str) -> None:
+    if not name.endswith(_SUFFIXES) and name.rsplit("/", 1)[-1] not in _PLAIN_NAMES:
+        raise KoffError(
+            f"the bundle holds {name!r}, a kind of file that no bundle has and that could run code: remove it"
+        )
+
+
+def check_file(folder: str | os.PathLike[str], manifest: Manifest, name: str, *, hashes: bool = True) -> Path:
+    """Checks one file that the manifest lists; returns its path.
+
+    Raises:
+        KoffError: not listed, missing, of the wrong size or (with `hashes`) content, or out of the folder.
+    """
+    _check_kind(name)
+    path = safe_join(folder, name)
+    entry = manifest.files.get(name)
+    if entry is None:
+        raise KoffError(f"{name!r} is not listed in {MANIFEST}: the bundle was changed, fetch it again")
+    if not path.is_file():
+        raise KoffError(f"the bundle's file {name!r} is missing: fetch the bundle again")
+    size = path.stat().st_size
+    if size != entry["size"]:
+        raise KoffError(
+            f"the bundle's file {name!r} has {size} bytes instead of {entry['size']}: fetch it again"
+        )
+    if hashes and sha256_file(path) != entry["sha256"]:
+        raise KoffError(f"the bundle's file {name!r} has another sha256 than {MANIFEST} says: fetch it again")
+    return path
+
+
+def check_files(
+    folder: str | os.PathLike[str],
+    manifest: Manifest,
+    *,
+    hashes: bool = True,
+    only: Iterable[str] | None = None,
+) -> None:
+    """Checks the bundle's files against the manifest: those in `only`, or all and that there are no others.
+
+    Memories may be added to a finished bundle, so unlisted files are accepted in `memories/` and
+    `onnx/memories/`; so are notes (*.md) and licences. Files that could run code are refused everywhere.
+
+    Raises:
+        KoffError: see `check_file`; or an unlisted file, or a kind of file that no bundle has.
+    """
+    root = Path(folder)
+    if only is None:
+        for name in _walk(root):
+            _check_kind(name)
+            safe_join(root, name)
+            extra = name.startswith(_OPEN_FOLDERS) or name.endswith(".md") or name in _PLAIN_NAMES
+            if name not in manifest.files and name != MANIFEST and not extra:
+                raise KoffError(f"the bundle holds {name!r}, which {MANIFEST} does not list: remove it")
+    for name in manifest.files if only is None else only:
+        check_file(root, manifest, name, hashes=hashes)

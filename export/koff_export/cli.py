@@ -1,0 +1,226 @@
+"""koff-run: a bundle on the command line. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from koff_export import __version__
+from koff_export.errors import KoffError
+
+if TYPE_CHECKING:
+    from koff_export.runtime import Runtime
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="koff-run",
+        description="Run a koff bundle: one prompt, a chat, or one prompt per line of standard input. "
+        "A line '/memory NAME' changes the memory without a reload; '/memory none' takes it off.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument(
+        "--memory", metavar="NAME", help="the domain's memory to attach; without it, the bare backbone"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this text and end")
+    parser.add_argument("--chat", action="store_true", help="wrap prompts in the model's chat template")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (default all)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest up to P (default 1)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="makes draws repeatable")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    parser.add_argument(
+        "--score",
+        metavar="FILE",
+        help="print the perplexity of FILE: .jsonl of {tokens: […]} or {text: …}, or plain text",
+    )
+    parser.add_argument("--json", action="store_true", help="with --score: print one JSON object")
+    parser.add_argument("--precision", default="fp32", help="fp32 (default), int8, int4: what the bundle has")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: all cores)")
+    parser.add_argument("--no-verify", action="store_true", help="skip the sha256 checks")
+    parser.add_argument("--version", action="version", version=f"koff-run {__version__}")
+    return parser
+
+
+def refuse_two_wheels() -> None:
+    """Both distributions install the package koff_export; two copies would overwrite one another.
+
+    Raises:
+        KoffError: koff-prune and koff-export are both installed here.
+    """
+    from importlib import metadata
+
+    try:
+        metadata.distribution("koff-prune")
+        metadata.distribution("koff-export")
+    except metadata.PackageNotFoundError:
+        return
+    raise KoffError(
+        "koff-prune and koff-export are both installed here and hold the same package: "
+        "run 'pip uninstall koff-export', then reinstall koff-prune"
+    )
+
+
+def _score_windows(runtime: Runtime, path: str) -> list[list[int]]:
+    """The token windows of a file to score; its messages name the line."""
+    import json
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, ValueError) as error:
+        raise KoffError(f"cannot read {path}: {error}") from error
+    if not path.endswith(".jsonl"):
+        return runtime.windows(text)
+    windows: list[list[int]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+        except ValueError as error:
+            raise KoffError(f"{path}, line {number}: not valid JSON ({error})") from error
+        tokens = row.get("tokens") if isinstance(row, dict) else None
+        if isinstance(tokens, list) and all(type(t) is int for t in tokens):
+            windows.append(tokens)
+        elif isinstance(row, dict) and isinstance(row.get("text"), str):
+            windows += runtime.windows(row["text"])
+        else:
+            raise KoffError(f'{path}, line {number}: neither {{"tokens": [numbers]}} nor {{"text": "…"}}')
+    return windows
+
+
+def _score(runtime: Runtime, args: argparse.Namespace) -> None:
+    import json
+    import math
+
+    windows = _score_windows(runtime, args.score)
+    nll, tokens = runtime.score(windows, args.memory)
+    if not tokens:
+        raise KoffError(f"{args.score} has no token to predict: give at least two tokens")
+    mean = nll / tokens
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    if args.json:
+        row = {"memory": args.memory or "none", "precision": args.precision, "perplexity": perplexity}
+        print(json.dumps({**row, "nll": nll, "tokens": tokens, "windows": len(windows)}))
+    else:
+        memory = args.memory or "none"
+        print(f"perplexity {perplexity:.4f} over {tokens} tokens in {len(windows)} windows, memory {memory}")
+
+
+class _Session:
+    """Prompts in, answers out; the memory in use may change between prompts."""
+
+    def __init__(self, runtime: Runtime, args: argparse.Namespace) -> None:
+        self.runtime = runtime
+        self.args = args
+        self.memory: str | None = args.memory
+        self.template = runtime.chat_template() if args.chat else None
+        self.messages: list[dict[str, str]] = []
+
+    def switch(self, name: str) -> None:
+        if name != "none":
+            self.runtime.memory(name)
+        self.memory = None if name == "none" else name
+
+    def answer(self, prompt: str) -> None:
+        args = self.args
+        if self.template is not None:
+            self.messages.append({"role": "user", "content": prompt})
+            prompt = self.template.render(self.messages)
+        pieces = self.runtime.generate(
+            prompt,
+            self.memory,
+            args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            stop=args.stop,
+        )
+        said = ""
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            said += piece
+        print(flush=True)
+        if self.template is not None:
+            self.messages.append({"role": "assistant", "content": said})
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Answers every line; a slip in a line is told and the next one is read."""
+        talking = sys.stdin.isatty()
+        if talking:
+            print(
+                f"memories: {', '.join(self.runtime.memories) or 'none'}; /memory NAME changes, Ctrl-D ends",
+                file=sys.stderr,
+            )
+        for line in lines:
+            line = line.rstrip("\r\n")
+            if not line.strip():
+                continue
+            try:
+                command, _, rest = line.partition(" ")
+                if command == "/memory":
+                    self.switch(rest.strip())
+                else:
+                    self.answer(line)
+            except KoffError as error:
+                if not talking:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace) -> None:
+    refuse_two_wheels()
+    if args.score and (args.prompt is not None or args.chat):
+        raise KoffError("--score stands alone: leave out --prompt and --chat")
+    if args.threads is not None and args.threads < 1:
+        raise KoffError(f"--threads {args.threads} is not possible: give 1 or more")
+    from koff_export.runtime import Runtime
+
+    runtime = Runtime.open(args.bundle, args.precision, verify=not args.no_verify, threads=args.threads)
+    args.memory = None if args.memory == "none" else args.memory
+    if args.memory is not None:
+        runtime.memory(args.memory)
+    if args.score:
+        _score(runtime, args)
+        return
+    session = _Session(runtime, args)
+    if args.prompt is not None:
+        session.answer(args.prompt)
+    else:
+        session.lines(sys.stdin)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `koff-run`; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        _run(args)
+    except KoffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, not even at exit
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""int8 and int4 graphs: weight-only, block-wise (`MatMulNBits`), memory slots kept.
+
+Needs onnx; imported only when exporting. The embedding stays float32: it is looked up, not multiplied. A tied
+head is quantised from a transposed copy, so a quantised graph holds the embedding in float32 and the head in
+few bits.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+from koff_export.errors import KoffError
+from koff_export.files import disk_errors
+from koff_export.graph import is_slot
+from koff_export.onnx import add_defaults
+
+_BLOCK = 32  # weights that share a scale
+
+
+def _fold_transposes(graph: onnx.GraphProto) -> None:
+    """Replaces Transpose(initializer) by a transposed initializer: only constant operands are quantised."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights]:
+        perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+        array = np.transpose(onnx.numpy_helper.to_array(weights[node.input[0]]), perm)
+        graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
+        graph.node.remove(node)
+
+
+def quantize(model_path: str | os.PathLike[str], out_path: str | os.PathLike[str], bits: int) -> None:
+    """Writes a quantised copy of an exported float32 graph, with its `.data` file beside it.
+
+    Args:
+        model_path: A graph written by `export_onnx`.
+        out_path: Where to write, e.g. `onnx/model_int8.onnx`.
+        bits: 8 or 4.
+
+    Raises:
+        KoffError: another number of bits, or the disk refuses.
+    """
+    if bits not in (4, 8):
+        raise KoffError(f"{bits} bits are not supported: choose 8 (int8) or 4 (int4)")
+    model = onnx.load(model_path)
+    # The slots' defaults are constants to the quantiser, which would quantise the slots away.
+    constants = [tensor for tensor in model.graph.initializer if not is_slot(tensor.name)]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(constants)
+    _fold_transposes(model.graph)
+    quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=_BLOCK, is_symmetric=True)
+    quantizer.process()
+    result = quantizer.model.model
+    add_defaults(result)
+    target = Path(out_path)
+    data = target.with_name(target.name + ".data")
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data.unlink(missing_ok=True)  # onnx appends to what is there
+        onnx.save(result, target, save_as_external_data=True, location=data.name, size_threshold=1024)

@@ -1,0 +1,392 @@
+"""Runs a bundle with ONNX Runtime: tokens out, memories swapped per call, the backbone loaded once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from koff_export.adapter import first_line, open_adapter
+from koff_export.bundle import Manifest, check_file, open_manifest
+from koff_export.errors import KoffError
+from koff_export.files import safe_join
+from koff_export.graph import check_onnx, is_slot
+
+if TYPE_CHECKING:
+    from koff_export.text import ChatTemplate
+
+# Tokens per call while reading a prompt or scoring: bounds the logits, [chunk, vocabulary] float32.
+_CHUNK = 256
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_ADAPTERS = "onnx/memories"
+
+
+class _Text:
+    """One text on its way through the graph: its cache, one row, and how many tokens it holds."""
+
+    def __init__(self, runtime: Runtime, memory: str | None) -> None:
+        self.runtime = runtime
+        self.options = runtime.run_options(memory)
+        self.past = runtime.empty_cache
+        self.length = 0
+
+    def read(self, tokens: Sequence[int]) -> np.ndarray:
+        """Appends `tokens`; returns their logits, float32 [len(tokens), vocabulary]."""
+        end = self.length + len(tokens)
+        feeds = {
+            "input_ids": np.array([tokens], dtype=np.int64),
+            "attention_mask": np.ones((1, end), dtype=np.int64),
+            "position_ids": np.arange(self.length, end, dtype=np.int64)[None],
+        }
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        logits, *present = self.runtime.run({**values, **self.past}, self.options)
+        self.past = dict(zip(self.past, present, strict=True))
+        self.length = end
+        return logits.numpy()[0].astype(np.float32, copy=False)
+
+
+def _pick(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: np.random.Generator
+) -> int:
+    """Chooses a token from logits [vocabulary]: the highest at temperature 0, else a draw."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")
+    if top_k > 0:
+        order = order[:top_k]
+    scaled = logits[order].astype(np.float64) / temperature
+    p = np.exp(scaled - scaled[0])
+    p /= p.sum()
+    if top_p < 1:
+        keep = int(np.searchsorted(np.cumsum(p), top_p)) + 1
+        order, p = order[:keep], p[:keep] / p[:keep].sum()
+    return int(random.choice(order, p=p))
+
+
+class Runtime:
+    """A bundle opened for use. Make one with `Runtime.open`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, session: ort.InferenceSession, verify: bool) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._session = session
+        self._verify = verify
+        self._adapters: dict[str, ort.LoraAdapter] = {}
+        self._kv_tokens: dict[str, int] = {}  # length of the learned KV, by memory
+        self._tokenizer: Any = None
+        self._outputs = [output.name for output in session.get_outputs()]
+        self._slots = {i.name: i for i in session.get_overridable_initializers()}
+        self.empty_cache = self._check_graph()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        precision: str = "fp32",
+        verify: bool = True,
+        threads: int | None = None,
+    ) -> Runtime:
+        """Opens a bundle's graph once; memories and tokenizer follow on first use.
+
+        Args:
+            bundle: The bundle's folder.
+            precision: One of the manifest's precisions, e.g. "fp32", "int8".
+            verify: Compare the sha256 of every file before it is used.
+            threads: Threads of ONNX Runtime; None leaves the choice to it.
+
+        Raises:
+            KoffError: no bundle, an unknown precision, or a file that is missing, changed or hostile.
+        """
+        folder = Path(bundle)
+        manifest = open_manifest(folder)
+        if manifest.graph is None:
+            raise KoffError(f"{folder} holds no ONNX graph: export it with the format onnx")
+        if precision not in manifest.graph.precisions:
+            known = ", ".join(manifest.graph.precisions) or "none"
+            raise KoffError(f"the bundle has no precision {precision!r}; it has: {known}")
+        path = check_file(folder, manifest, manifest.graph.precisions[precision], hashes=verify)
+        for data in check_onnx(path, folder):
+            check_file(folder, manifest, data.relative_to(folder).as_posix(), hashes=verify)
+        options = ort.SessionOptions()
+        options.log_severity_level = (
+            4  # failures come back as exceptions, and the optional slots would be warned about
+        )
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise KoffError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
+        return cls(folder, manifest, session, verify)
+
+    def _check_graph(self) -> dict[str, ort.OrtValue]:
+        """Compares the session with the manifest; returns a cache of length 0."""
+        graph = self.manifest.graph
+        assert graph is not None
+        found = {value.name: value for value in (*self._session.get_inputs(), *self._slots.values())}
+        expected = {"input_ids", "attention_mask", "position_ids"}
+        cache: dict[str, ort.OrtValue] = {}
+        for i, heads in enumerate(graph.kv_heads):
+            for kind in ("key", "value"):
+                past, memory = f"past_key_values.{i}.{kind}", f"memory.{i}.{kind}"
+                for name, first in ((past, None), (memory, 1)):
+                    shape = found[name].shape if name in found else []
+                    if (
+                        len(shape) != 4
+                        or [shape[1], shape[3]] != [heads, graph.head_dim]
+                        or first not in (None, shape[0])
+                    ):
+                        raise KoffError(
+                            f"the graph's input {name!r} is not as koff.json says: fetch the bundle again"
+                        )
+                dtype = _FLOATS.get(found[past].type)
+                if dtype is None:
+                    raise KoffError(
+                        f"the graph's input {past!r} has the type {found[past].type}, which no bundle has"
+                    )
+                cache[past] = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, 0, graph.head_dim), dtype))
+        expected |= set(cache)
+        required = {value.name for value in self._session.get_inputs()}
+        outputs = ["logits"] + [name.replace("past_key_values", "present") for name in cache]
+        if required != expected or self._outputs != outputs or not all(map(is_slot, self._slots)):
+            raise KoffError(
+                "the graph's inputs and outputs are not as koff.json says: fetch the bundle again"
+            )
+        return cache
+
+    # Memories
+
+    @property
+    def memories(self) -> list[str]:
+        """Names of the memories at hand, those dropped into `onnx/memories/` since the export included."""
+        listed = [name for name, domain in self.manifest.domains.items() if domain.adapter]
+        added = (
+            p.name.removesuffix(".onnx_adapter") for p in (self.folder / _ADAPTERS).glob("[!.]*.onnx_adapter")
+        )
+        return listed + sorted(set(added) - set(listed))
+
+    def memory(self, name: str) -> None:
+        """Loads a memory now, so that its first use does not wait for the disk.
+
+        Raises:
+            KoffError: no such memory, or its file is damaged or belongs to another backbone.
+        """
+        if name in self._adapters:
+            return
+        known = self.memories
+        if name not in known:
+            raise KoffError(f"the bundle has no memory {name!r}; it has: {', '.join(known) or 'none'}")
+        domain = self.manifest.domains.get(name)
+        relative = domain.adapter if domain and domain.adapter else f"{_ADAPTERS}/{name}.onnx_adapter"
+        path = safe_join(self.folder, relative)
+        if relative in self.manifest.files or domain is not None:
+            check_file(self.folder, self.manifest, relative, hashes=self._verify)
+        adapter, kv_tokens = open_adapter(path, name, self._slots)
+        if domain is not None and kv_tokens != domain.kv_tokens:
+            raise KoffError(f"the memory {name!r} is not as koff.json says: fetch it again")
+        self._kv_tokens[name] = kv_tokens
+        self._adapters[name] = adapter
+
+    def evict(self, name: str) -> None:
+        """Forgets a loaded memory; it is read again when it is next used."""
+        self._adapters.pop(name, None)
+
+    def run_options(self, memory: str | None) -> ort.RunOptions:
+        """Options for calls with `memory` attached, or for the bare backbone."""
+        options = ort.RunOptions()
+        if memory is not None:
+            self.memory(memory)
+            options.add_active_adapter(self._adapters[memory])
+        return options
+
+    def run(self, feeds: dict[str, ort.OrtValue], options: ort.RunOptions) -> list[ort.OrtValue]:
+        """One call of the graph. Outputs: logits, then present.{i}.key and .value of every layer."""
+        try:
+            return list(self._session.run_with_ort_values(self._outputs, feeds, options))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise KoffError(f"ONNX Runtime failed while running the graph: {first_line(error)}") from error
+
+    # Text
+
+    def _file(self, name: str) -> Path | None:
+        if name not in self.manifest.files:
+            return None
+        return check_file(self.folder, self.manifest, name, hashes=self._verify)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The bundle's tokenizer, a `tokenizers.Tokenizer`."""
+        if self._tokenizer is None:
+            from koff_export.text import open_tokenizer
+
+            path = self._file("tokenizer.json")
+            if path is None:
+                raise KoffError("the bundle lists no tokenizer.json: only token numbers can be used with it")
+            self._tokenizer = open_tokenizer(path)
+        return self._tokenizer
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Tokens of `text`, led by the manifest's `bos` if it has one, and no other special tokens."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        # A chat template may have written the token already.
+        if bos and self.manifest.bos is not None and ids[:1] != [self.manifest.bos]:
+            ids = [self.manifest.bos, *ids]
+        return ids
+
+    def chat_template(self) -> ChatTemplate:
+        """The bundle's chat template.
+
+        Raises:
+            KoffError: there is none, or it is not valid.
+        """
+        from koff_export.text import ChatTemplate
+
+        return ChatTemplate.open(self._file("chat_template.jinja"), self._file("tokenizer_config.json"))
+
+    def _check_tokens(self, tokens: Sequence[int], memory: str | None, extra: int = 0) -> None:
+        graph = self.manifest.graph
+        assert graph is not None
+        if not tokens:
+            raise KoffError("the text has no tokens: give at least one word")
+        if min(tokens) < 0 or max(tokens) >= graph.vocab_size:
+            raise KoffError(
+                f"a token number is outside of 0…{graph.vocab_size - 1}: it is from another tokenizer"
+            )
+        if memory is not None:
+            self.memory(memory)
+        kv = self._kv_tokens.get(memory or "", 0)
+        context = self.manifest.context
+        if context is not None and len(tokens) + extra + kv > context:
+            wanted = f"{len(tokens)} tokens of text" + (f" and a memory of {kv}" if kv else "")
+            raise KoffError(f"{wanted} do not fit into the model's {context} positions: shorten the text")
+
+    def generate_tokens(
+        self,
+        ids: Sequence[int],
+        memory: str | None = None,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Yields new tokens after `ids`, until one of the manifest's `eos` (not yielded).
+
+        They also end after `max_new_tokens`, or where the model's context is full.
+
+        Args:
+            ids: The prompt's tokens, `bos` included if the model wants it.
+            memory: A memory's name, or None for the bare backbone.
+            max_new_tokens: Upper bound of the answer.
+            temperature: 0 takes the likeliest token; above, tokens are drawn.
+            top_k: Draw among this many likeliest; 0 for all.
+            top_p: Draw among the likeliest that together reach this probability.
+            seed: Makes draws repeatable.
+
+        Raises:
+            KoffError: an unknown memory, no tokens, or tokens that do not fit.
+        """
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 0:
+            raise KoffError("temperature, top_k and max_new_tokens must be at least 0, and top_p in (0, 1]")
+        self._check_tokens(ids, memory)
+        return self._generate(
+            ids, memory, max_new_tokens, temperature, top_k, top_p, np.random.default_rng(seed)
+        )
+
+    def _generate(
+        self,
+        ids: Sequence[int],
+        memory: str | None,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        random: np.random.Generator,
+    ) -> Iterator[int]:
+        text = _Text(self, memory)
+        if self.manifest.context is not None:
+            kv = self._kv_tokens.get(memory or "", 0)
+            max_new_tokens = min(max_new_tokens, self.manifest.context - kv - len(ids))
+        pending = list(ids)
+        for _ in range(max_new_tokens):
+            for at in range(0, len(pending), _CHUNK):
+                logits = text.read(pending[at : at + _CHUNK])
+            token = _pick(logits[-1], temperature, top_k, top_p, random)
+            if token in self.manifest.eos:
+                return
+            yield token
+            pending = [token]
+
+    def generate(
+        self,
+        prompt: str,
+        memory: str | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yields the answer to `prompt` as text, piece by piece, whole characters only.
+
+        Args are those of `generate_tokens`; the answer also ends before the first of the `stop` texts.
+
+        Raises:
+            KoffError: as `generate_tokens`.
+        """
+        from koff_export.text import stream_text, until_stop
+
+        ids = self.encode(prompt)
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        tokens = self.generate_tokens(ids, memory, max_new_tokens, **sampling)
+        return until_stop(stream_text(self.tokenizer, ids, tokens), stop)
+
+    # Scores
+
+    def score(self, windows: Sequence[Sequence[int]], memory: str | None = None) -> tuple[float, int]:
+        """Negative log-likelihood of token windows, each alone: its tokens 2…n given the ones before.
+
+        Returns:
+            The sum in nats, and the number of predicted tokens. Perplexity is exp(sum / number).
+
+        Raises:
+            KoffError: an unknown memory, or a window that is empty or does not fit.
+        """
+        total, count = 0.0, 0
+        for window in windows:
+            self._check_tokens(window, memory)
+            text = _Text(self, memory)
+            for at in range(0, len(window) - 1, _CHUNK):
+                given = window[at : min(at + _CHUNK, len(window) - 1)]
+                logits = text.read(given)
+                targets = np.asarray(window[at + 1 : at + 1 + len(given)])
+                top = logits.max(axis=1, keepdims=True)
+                log_sum = np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64)) + top[:, 0]
+                total += float((log_sum - logits[np.arange(len(given)), targets]).sum())
+                count += len(given)
+        return total, count
+
+    def logits(self, tokens: Sequence[int], memory: str | None = None) -> np.ndarray:
+        """Logits after every one of `tokens`, float32 [len(tokens), vocabulary]."""
+        self._check_tokens(tokens, memory)
+        return _Text(self, memory).read(tokens)
+
+    def windows(self, text: str) -> list[list[int]]:
+        """Cuts `text` into the manifest's evaluation windows: `window` tokens, the leading `bos` counted.
+
+        The last window may be shorter; one without a token to predict is dropped.
+        """
+        lead = [] if self.manifest.bos is None else [self.manifest.bos]
+        ids, step = self.encode(text, bos=False), self.manifest.window - len(lead)
+        cut = [lead + ids[at : at + step] for at in range(0, len(ids), step)]
+        return [window for window in cut if len(window) > 1]
+
+    def score_text(self, text: str, memory: str | None = None) -> tuple[float, int]:
+        """`score` of the text's `windows`."""
+        return self.score(self.windows(text), memory)

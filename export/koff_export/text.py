@@ -1,0 +1,148 @@
+"""Text to tokens and back: the tokenizer, the chat template, pieces of text while tokens stream."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from koff_export.errors import KoffError
+from koff_export.files import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_BROKEN = "\ufffd"  # what a tokenizer shows for the bytes of an incomplete character
+_CONTEXT = 8  # prompt tokens decoded along with the first new ones, so that a leading space survives
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Opens a tokenizer.json.
+
+    Raises:
+        KoffError: it is missing or not a tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers package raises bare Exception
+        raise KoffError(f"cannot read the tokenizer {path} ({error}): fetch the bundle again") from error
+
+
+def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Yields the text of `tokens` piece by piece, holding back incomplete characters."""
+    ids = list(prompt[-_CONTEXT:])
+    done, shown = 0, len(ids)  # ids[done:shown] is text already yielded; a few are decoded again as context
+
+    def tail() -> tuple[str, str]:
+        return tokenizer.decode(ids[done:shown]), tokenizer.decode(ids[done:])
+
+    for token in tokens:
+        ids.append(token)
+        old, new = tail()
+        if len(new) > len(old) and not new.endswith(_BROKEN):
+            yield new[len(old) :]
+            done, shown = shown, len(ids)
+    old, new = tail()
+    if len(new) > len(old):
+        yield new[len(old) :]
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Passes pieces on up to the first of the `stop` texts, holding back what may become one."""
+    stop = [s for s in stop if s]
+    if not stop:
+        yield from pieces
+        return
+    held, keep = "", max(map(len, stop)) - 1
+    for piece in pieces:
+        held += piece
+        hits = [at for s in stop if (at := held.find(s)) >= 0]
+        if hits:
+            if min(hits):
+                yield held[: min(hits)]
+            return
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def _token_text(config: dict[str, Any], key: str) -> str:
+    value = config.get(key)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
+
+
+class ChatTemplate:
+    """A bundle's Jinja chat template, run in a sandbox that cannot reach Python."""
+
+    def __init__(self, source: str, variables: dict[str, str]) -> None:
+        """Compiles `source`.
+
+        Raises:
+            KoffError: it is not a Jinja template.
+        """
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def fail(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
+        environment.globals["raise_exception"] = fail
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self._variables = variables
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise KoffError(f"the bundle's chat template is not valid ({error}): leave out --chat") from error
+
+    @classmethod
+    def open(cls, template: Path | None, config: Path | None) -> ChatTemplate:
+        """Reads the template from chat_template.jinja or, failing that, from tokenizer_config.json.
+
+        Raises:
+            KoffError: there is none, or it cannot be used.
+        """
+        values = read_json(config) if config else {}
+        values = values if isinstance(values, dict) else {}
+        try:
+            source = template.read_text("utf-8") if template else values.get("chat_template")
+        except (OSError, ValueError) as error:
+            raise KoffError(
+                f"cannot read the chat template {template} ({error}): fetch the bundle again"
+            ) from error
+        if isinstance(source, list):  # several named templates
+            source = next(
+                (t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"),
+                None,
+            )
+        if not isinstance(source, str):
+            raise KoffError("this bundle's model has no chat template: leave out --chat")
+        return cls(
+            source,
+            {key: _token_text(values, key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")},
+        )
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt for `messages` ({"role", "content"} each), ending where the assistant's answer begins.
+
+        Raises:
+            KoffError: the template refuses these messages, or tries what the sandbox forbids.
+        """
+        try:
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=True, **self._variables
+            )
+        except Exception as error:  # a template may fail in any way; none of them is a reason for a traceback
+            raise KoffError(f"the bundle's chat template failed: {error}") from error

@@ -1,0 +1,113 @@
+"""One function per command. Each opens the run directory, does its stage, and leaves files behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from koff_export.errors import KoffError
+
+from koff_prune.bundling import write_bundle
+from koff_prune.compare import compare as _compare
+from koff_prune.reading import load_recipe
+from koff_prune.recipe import Recipe
+from koff_prune.run import Run
+from koff_prune.stages import cut_arm, dry_plan, learn_arm, main_arm, plan_arm
+
+
+def _open(recipe: Recipe | str | Path, out: str | Path | None, resume: bool) -> Run:
+    if isinstance(recipe, Recipe):
+        if out is None:
+            raise KoffError("out: name a folder for the run")
+        return Run(recipe, Path(out), resume=resume)
+    return Run(load_recipe(recipe), Path(out or Path("runs") / Path(recipe).stem), resume=resume)
+
+
+def learn(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: bool = False) -> Path:
+    """Joint training of gates and memories: gates.safetensors, learned/<domain>/."""
+    with _open(recipe, out, resume) as run:
+        _prepare(run)
+        learn_arm(run, main_arm(run), run.folder)
+        return run.folder
+
+
+def plan(
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> Any:
+    """Gates to plan.json (learning first where needed), or with `dry_run` what would be cut, from config.json alone.
+
+    Returns:
+        The Plan; with `dry_run` a mapping of `units`, `plan` and `config`.
+    """
+    if dry_run:
+        return dry_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe, check_files=False))
+    with _open(recipe, out, resume) as run:
+        _prepare(run)
+        learn_arm(run, main_arm(run), run.folder)
+        return plan_arm(run, main_arm(run), run.folder)
+
+
+def cut(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: bool = False) -> Path:
+    """Plan to backbone/ and settled memories/<domain>/ (earlier stages first where needed)."""
+    with _open(recipe, out, resume) as run:
+        _cut(run)
+        return run.folder
+
+
+def _prepare(run: Run) -> None:
+    # the cheap mistakes first: text that is too short is told before anything is trained
+    _ = run.domains
+
+
+def _cut(run: Run) -> None:
+    _prepare(run)
+    arm = main_arm(run)
+    learn_arm(run, arm, run.folder)
+    plan_arm(run, arm, run.folder)
+    cut_arm(run, arm, run.folder, keep_backbone=True)
+
+
+def export(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: bool = False) -> Path:
+    """Backbone and memories to bundle/ (earlier stages first where needed)."""
+    with _open(recipe, out, resume) as run:
+        _cut(run)
+        return write_bundle(run)
+
+
+def compare(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: bool = False) -> list[dict[str, Any]]:
+    """Every row of the report: report.json and report.html (earlier stages first where needed)."""
+    with _open(recipe, out, resume) as run:
+        _cut(run)
+        return _compare(run)
+
+
+def apply(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: bool = False) -> Path:
+    """The whole road: learn, plan, cut, compare, export.
+
+    Args:
+        recipe: Checked, or the path of a YAML file.
+        out: The run directory; default runs/<name of the recipe>.
+        resume: Continue a run of the same recipe there.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        KoffError: A mistake that the user can mend.
+    """
+    with _open(recipe, out, resume) as run:
+        _cut(run)
+        _compare(run)
+        write_bundle(run)
+        return run.folder
+
+
+def set_threads(threads: int | None) -> None:
+    """How many processor cores torch may use; results are repeatable for an equal number."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,272 @@
+"""From a finished run to a bundle, and from a bundle back to a model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from koff_export.bundle import check_files, open_manifest, write_manifest
+from koff_export.errors import KoffError
+from koff_export.files import read_json, staged_dir
+from transformers import PreTrainedModel
+
+import koff_prune
+from koff_prune.cut import load_backbone
+from koff_prune.memory import Memories, kind_of, load_memory, memory_of_folder
+from koff_prune.plan import Plan
+from koff_prune.progress import say
+from koff_prune.units import read_units
+
+if TYPE_CHECKING:
+    from koff_prune.recipe import Recipe
+    from koff_prune.run import Run
+
+TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
+
+
+def lora_slots(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """PEFT's names to module paths of the plain model: (A [r, in], B [out, r])."""
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, half = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        result.setdefault(module, {})[half] = tensor
+    return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in result.items()}
+
+
+def write_bundle(run: Run) -> Path:
+    """Writes `bundle/`: aside first, renamed when whole.
+
+    Returns:
+        The bundle's folder.
+    """
+    target, recipe = run.folder / "bundle", run.recipe
+    stamp = {"export": recipe.export.model_dump(mode="json")}
+    if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get("asked") == stamp:
+        return target
+    plan = Plan.load(run.folder / "plan.json")
+    domains = list(recipe.domains) if (run.folder / "memories").exists() else []
+    with staged_dir(target) as aside, run.timed("exporting"):
+        for file in (run.folder / "backbone").iterdir():
+            shutil.copy2(file, aside / file.name)
+        shutil.copy2(run.folder / "plan.json", aside / "plan.json")
+        told = {}
+        for name in domains:
+            shutil.copytree(run.folder / "memories" / name, aside / "memories" / name)
+            told[name] = _told(aside / "memories" / name, name, "onnx" in recipe.export.formats)
+        tokenizer, config = run.dense.tokenizer, run.dense.model.config
+        eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+        manifest: dict[str, Any] = {
+            "koff_prune": koff_prune.__version__,
+            "model": run.model_identity,
+            "plan": plan.digest,
+            "parameters": plan.parameters,
+            "sparsity": {"target": plan.target, "realised": plan.realised, "of": plan.of},
+            "window": recipe.evaluate.window,
+            "bos": run.dense.bos,
+            "eos": [eos] if isinstance(eos, int) else list(eos or []),
+            "context": config.max_position_embeddings,
+            "domains": told,
+            "graph": None,
+            "numerics": {"asked": stamp},
+        }
+        if "onnx" in recipe.export.formats:
+            manifest["graph"] = _write_onnx(aside, domains, recipe)
+        (aside / "README.md").write_text(_card(run, plan, told), encoding="utf-8")
+        write_manifest(aside, manifest)
+        if manifest["graph"]:
+            say("checking ONNX against torch")
+            manifest["numerics"]["onnx_logits"] = numerics(aside)
+            write_manifest(aside, manifest)
+    return target
+
+
+def _told(folder: Path, name: str, onnx: bool) -> dict[str, Any]:
+    memory = memory_of_folder(folder)
+    tensors = load_memory(folder)
+    return {
+        "kv_tokens": memory.kv.tokens if memory.kv else 0,
+        "lora_rank": memory.lora.rank if memory.lora else 0,
+        "lora_alpha": memory.lora.alpha if memory.lora else 0,
+        "rope": "post",
+        "parameters": sum(t.numel() for part in tensors.values() for t in part.values()),
+        "adapter": f"onnx/memories/{name}.onnx_adapter" if onnx else None,
+        "peft": f"memories/{name}",
+    }
+
+
+def _write_onnx(folder: Path, domains: list[str], recipe: Recipe) -> dict[str, Any]:
+    from koff_export.onnx import export_onnx, write_adapter
+    from koff_export.quantize import quantize
+
+    model = load_backbone(folder)
+    memories = {name: load_memory(folder / "memories" / name) for name in domains}
+    slots = {name: lora_slots(m["lora"]) if "lora" in m else {} for name, m in memories.items()}
+    modules = sorted({module for table in slots.values() for module in table})
+    say(f"exporting ONNX ({len(model.model.layers)} layers, about 5 s each)")
+    info = export_onnx(model, folder, lora_modules=modules, progress=say)
+    (folder / "onnx" / "memories").mkdir(exist_ok=True)
+    for name, tensors in memories.items():
+        scale = 0.0
+        if recipe.memory.lora is not None:
+            scale = recipe.memory.lora.alpha / recipe.memory.lora.rank
+        kv = tensors.get("kv")
+        pairs = None
+        if kv is not None:
+            pairs = [(kv[f"layers.{i}.key"], kv[f"layers.{i}.value"]) for i in range(info.layers)]
+        write_adapter(
+            folder / "onnx" / "memories" / f"{name}.onnx_adapter",
+            {module: (a, b, scale) for module, (a, b) in slots[name].items()},
+            pairs,
+        )
+    precisions = {"fp32": "onnx/model.onnx"}
+    for precision in recipe.export.onnx.precision:
+        if precision != "fp32":
+            path = f"onnx/model_{precision}.onnx"
+            say(f"quantising to {precision}")
+            quantize(folder / "onnx/model.onnx", folder / path, {"int8": 8, "int4": 4}[precision])
+            precisions[precision] = path
+    return {**vars(info), "precisions": precisions}
+
+
+def numerics(folder: Path, tokens: int = 24) -> dict[str, float]:
+    """Largest logit difference between torch (float32) and ONNX Runtime, without and with every memory."""
+    from koff_export.runtime import Runtime
+
+    manifest = open_manifest(folder)
+    runtime = Runtime.open(folder, verify=False)
+    assert manifest.graph is not None
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, min(manifest.graph.vocab_size, 30_000), (1, tokens), generator=generator)
+    result = {}
+    model = load_backbone(folder, torch.float32)
+    attached = None
+    for name in [None, *manifest.domains]:
+        if name is not None:
+            attached = attach_memory(model, folder / "memories" / name)
+            attached.activate(attached.domains[0])
+        with torch.no_grad():
+            expected = model(input_ids=ids, use_cache=False).logits[0].numpy()
+        result[name or "none"] = float(np.abs(runtime.logits(ids[0].tolist(), name) - expected).max())
+        if attached is not None:
+            model, attached = attached.unwrap(), None
+    return result
+
+
+def attach_memory(model: PreTrainedModel, path: str | Path) -> Memories:
+    """Puts a saved memory around a backbone and activates it.
+
+    Args:
+        model: From `load_backbone`; its modules get wrapped in place.
+        path: A memory's folder, such as `bundle/memories/de`.
+
+    Returns:
+        The Memories; `.base` is the model with the memory on, `.activate(None)` takes it off.
+
+    Raises:
+        KoffError: The memory was trained for another plan.
+    """
+    path = Path(path)
+    tensors = load_memory(path)
+    memory = memory_of_folder(path)
+    prefill = torch.zeros(memory.kv.tokens if memory.kv else 1, dtype=torch.long)
+    memories = Memories(model, memory, {path.name: prefill}, 0)
+    memories.load(path.name, tensors)
+    memories.activate(path.name)
+    return memories
+
+
+def load_bundle(folder: str | Path, memory: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Opens a bundle as an ordinary causal LM whose `generate` works, with one memory attached.
+
+    Args:
+        folder: The bundle.
+        memory: A domain's name; None for the backbone alone.
+        dtype: Cast the backbone to this.
+
+    Raises:
+        KoffError: Not a bundle, a damaged one, or no such memory.
+    """
+    folder = Path(folder)
+    manifest = open_manifest(folder)
+    model = load_backbone(folder, dtype)
+    if memory is None:
+        return model
+    if memory not in manifest.domains:
+        raise KoffError(f"memory '{memory}': not in {folder}; it has {', '.join(manifest.domains) or 'none'}")
+    attached = attach_memory(model, folder / "memories" / memory)
+    attached.base.koff_memories = attached  # keeps the KV alive with the model
+    return attached.base
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
+    """Re-checks a bundle: files and checksums, plan, parameters, memories, and torch against ONNX Runtime.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        KoffError: The first thing that is wrong.
+    """
+    folder = Path(folder)
+    manifest = open_manifest(folder)
+    check_files(folder, manifest)
+    plan = Plan.load(folder / "plan.json")
+    if plan.digest != manifest.plan:
+        raise KoffError(f"{folder}: plan.json is not the plan that koff.json names; export the bundle again")
+    model = load_backbone(folder)
+    units = read_units(model)
+    slim = units.parameters
+    if slim != plan.parameters["slim"]:
+        raise KoffError(f"{folder}: the backbone has {slim} parameters, plan.json says {plan.parameters['slim']}")
+    for i, (layer, kept) in enumerate(zip(units.layers, plan.layers, strict=True)):
+        if (layer.ffn_neurons, layer.kv_groups) != (len(kept["ffn_neurons"]), len(kept["kv_groups"])):
+            raise KoffError(f"{folder}: layer {i} of the backbone is not as wide as plan.json says")
+    result: dict[str, Any] = {
+        "files": len(manifest.files),
+        "parameters": plan.parameters,
+        "sparsity": plan.realised,
+        "memories": {},
+    }
+    for name in manifest.domains:
+        result["memories"][name] = kind_of(load_memory(folder / "memories" / name))
+        attached = attach_memory(model, folder / "memories" / name)
+        model = attached.unwrap()
+    if manifest.graph is not None:
+        del model
+        result["onnx_logits"] = numerics(folder)
+        for name, worst in result["onnx_logits"].items():
+            if not worst <= TOLERANCE:
+                raise KoffError(
+                    f"{folder}: with memory {name} ONNX differs from torch by {worst:.2g}, more than {TOLERANCE}"
+                )
+    return result
+
+
+def _card(run: Run, plan: Plan, domains: dict[str, Any]) -> str:
+    """The model card."""
+    lines = [
+        "---", "library_name: koff-prune", f"base_model: {run.model_identity['source']}", "---", "",
+        f"# {run.model_identity['source']}, {plan.realised:.1%} removed", "",
+        f"A backbone of {plan.parameters['slim']:,} parameters (dense: {plan.parameters['dense']:,}) cut by"
+        f" koff-prune (KOFF, arXiv 2605.29075), with {len(domains)} memories beside it.", "",
+        "| memory | parameters | LoRA rank | KV tokens |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    lines += [
+        f"| {name} | {d['parameters']:,} | {d['lora_rank']} | {d['kv_tokens']} |" for name, d in domains.items()
+    ]
+    from koff_prune.evaluate import perplexities
+
+    table = [("with its memory", "losses.json"), ("memories off", "losses-off.json")]
+    found = [(label, read_json(run.folder / f)) for label, f in table if (run.folder / f).exists()]
+    if found:
+        lines += ["", "Perplexity on held-out text:", "", "| | " + " | ".join([*found[0][1], "gmean"]) + " |",
+                  "| --- |" + " --- |" * (len(found[0][1]) + 1)]  # fmt: skip
+        for label, losses in found:
+            values = perplexities(losses)
+            lines.append(f"| {label} | " + " | ".join(f"{v:.2f}" for v in values.values()) + " |")
+    lines += ["", "```python", "from koff_prune import load_bundle",
+              f'model = load_bundle("this folder", memory={next(iter(domains), None)!r})', "```", ""]  # fmt: skip
+    return "\n".join(lines)

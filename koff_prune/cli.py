@@ -1,0 +1,151 @@
+"""koff-prune on the command line: every command is one public function."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from koff_export.errors import KoffError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Knowledge offloading for language models: a recipe in, a compact backbone with memories out.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory [default: runs/<recipe's name>].")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run of the same recipe.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set learn.tokens=100000.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor cores for torch.")]
+
+
+def _stage(name: str, recipe: Path, out: Path | None, resume: bool, overrides: list[str] | None, threads: int | None) -> Any:
+    from koff_prune.reading import load_recipe
+
+    checked = load_recipe(recipe, overrides)  # the recipe's mistakes are told before torch is imported
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from koff_prune import api
+
+    api.set_threads(threads)
+    return getattr(api, name)(checked, out or Path("runs") / recipe.stem, resume=resume)
+
+
+@app.command()
+def apply(
+    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+) -> None:
+    """The whole road: learn, plan, cut, compare, export; prints the table."""
+    folder = _stage("apply", recipe, out, resume, set_, threads)
+    _print_table(folder)
+    print(f"\nbundle: {folder / 'bundle'}\nreport: {folder / 'report.html'}")
+
+
+@app.command()
+def learn(
+    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+) -> None:
+    """Learn gates and memories together."""
+    print(_stage("learn", recipe, out, resume, set_, threads) / "gates.safetensors")
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    out: Out = None,
+    resume: Resume = False,
+    set_: Set = None,
+    threads: Threads = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print units, widths and needs; fetch nothing.")] = False,
+) -> None:
+    """Choose what stays: plan.json."""
+    if dry_run:
+        from koff_prune.dry_run import describe
+        from koff_prune.reading import load_recipe
+
+        describe(load_recipe(recipe, set_, check_files=False))
+        return
+    made = _stage("plan", recipe, out, resume, set_, threads)
+    print(f"{made.realised:.4f} of {made.of} removed, plan {made.digest}")
+
+
+@app.command()
+def cut(
+    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+) -> None:
+    """Remove the units, slice and settle the memories."""
+    print(_stage("cut", recipe, out, resume, set_, threads) / "backbone")
+
+
+@app.command()
+def export(
+    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+) -> None:
+    """Write the bundle."""
+    print(_stage("export", recipe, out, resume, set_, threads))
+
+
+@app.command()
+def compare(
+    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+) -> None:
+    """Compute every row of the report; prints the table."""
+    _stage("compare", recipe, out, resume, set_, threads)
+    _print_table(out or Path("runs") / recipe.stem)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors."""
+    from koff_prune.recipe import schema as make
+
+    print(json.dumps(make(), indent=2))
+
+
+@app.command()
+def verify(bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]) -> None:
+    """Re-check a bundle: files, shapes, sparsity, and torch against ONNX Runtime."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from koff_prune.bundling import verify as check
+
+    print(json.dumps(check(bundle), indent=2))
+
+
+def _print_table(folder: Path) -> None:
+    from koff_export.files import read_json
+    from rich.console import Console
+
+    from koff_prune.report import render_table
+
+    report = read_json(folder / "report.json")
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(render_table(report["rows"]))
+    for note in report["notes"]:
+        console.print(note, highlight=False)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2, an interruption 130."""
+    try:
+        app(standalone_mode=True)
+    except KoffError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError:
+        print("error: out of memory; lower learn.window or learn.batch, or set learn.gradient_checkpointing: true",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command with --resume to continue", file=sys.stderr)
+        sys.exit(130)

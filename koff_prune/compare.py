@@ -1,0 +1,140 @@
+"""The rows of the report: what the recipe's `compare` asks for, each through the same stages as koff."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from koff_export.files import read_json
+
+from koff_prune.evaluate import perplexities
+from koff_prune.learn import steps_of
+from koff_prune.memory import kind_of, load_memory
+from koff_prune.report import render_table, write_report
+from koff_prune.run import versions
+from koff_prune.stages import (
+    Arm, arm_of, learn_arm, load_gates, losses_of, main_arm, overlap, plan_arm,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from koff_prune.run import Run
+
+
+def compare(run: Run) -> list[dict[str, Any]]:
+    """Finishes every row that is not finished yet and writes report.json and report.html.
+
+    Returns:
+        The rows, in the order of the report: dense, koff, koff with its memories off, then what `compare` asks for.
+    """
+    rows = [
+        _row(run, Arm("dense"), _place(run, Arm("dense")), attached=False),
+        _row(run, main_arm(run), run.folder, attached=run.recipe.memory.kind != "none"),
+    ]
+    if run.recipe.memory.kind != "none":
+        rows.append(_row(run, main_arm(run), run.folder, attached=False))
+    seen = {(main_arm(run), True), (main_arm(run), False), (Arm("dense"), False)}
+    for asked in run.recipe.compare:
+        arm = arm_of(asked, run)
+        attached = arm.trained_with != "none"
+        if (arm, attached) in seen:
+            continue
+        seen.add((arm, attached))
+        place = _place(run, arm)
+        if arm.method == "koff":
+            learn_arm(run, arm, place)
+        rows.append(_row(run, arm, place, attached=attached))
+    _write(run, rows)
+    return rows
+
+
+def _place(run: Run, arm: Arm) -> Path:
+    return run.folder if arm == main_arm(run) else run.folder / "rows" / arm.slug
+
+
+def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
+    """One row of report.json, computed or read back."""
+    recipe = run.recipe
+    losses = losses_of(run, arm, folder, attached, main=folder == run.folder)
+    plan = None if arm.method == "dense" else plan_arm(run, arm, folder)
+    step_tokens = recipe.learn.window * recipe.learn.batch * len(run.domains)
+    learned = steps_of(recipe.learn.tokens, recipe.learn, len(run.domains)) * step_tokens
+    settled = steps_of(recipe.learn.settle_tokens, recipe.learn, len(run.domains)) * step_tokens
+    alone = steps_of(recipe.learn.tokens + recipe.learn.settle_tokens, recipe.learn, len(run.domains)) * step_tokens
+    joint = arm.method == "koff" and arm.learned_with == arm.trained_with
+    size = 0
+    kind = "none"
+    if attached:
+        first = load_memory(folder / "memories" / next(iter(run.domains)))
+        kind = kind_of(first)
+        size = sum(t.numel() for part in first.values() for t in part.values())
+    needs_scores = arm.method not in ("dense", "magnitude", "random") or arm.compensate != "none"
+    times = read_json(folder / "times.json") if (folder / "times.json").exists() else {}
+    tokens = {
+        "score": sum(b.scoring.numel() for b in run.domains.values()) if needs_scores else 0,
+        "learn": learned if arm.method == "koff" else 0,
+        "settle": 0 if arm.trained_with == "none" else settled if joint else alone,
+    }
+    row: dict[str, Any] = {
+        "method": arm.method,
+        "ranking": arm.ranking,
+        "gates": arm.gates,
+        "compensate": arm.compensate,
+        "learned_with": arm.learned_with,
+        "trained_with": None if arm.method == "dense" and arm.trained_with == "none" else arm.trained_with,
+        "memory": kind,
+        "swap": None,
+        "sparsity": {
+            "target": plan.target if plan else 0.0,
+            "realised": plan.realised if plan else 0.0,
+            "of": recipe.structure.of,
+        },
+        "plan": plan.digest if plan else None,
+        "seed": recipe.seed,
+        "tokens": tokens,
+        "perplexity": perplexities(losses),
+        "eval": {"window": recipe.evaluate.window,
+                 "tokens_per_domain": min(b.heldout.numel() for b in run.domains.values())},
+        "parameters": {"backbone": plan.parameters["slim"] if plan else run.units.parameters, "memory": size},
+        "seconds": round(sum(times.values()), 1),
+        "nll": losses,
+        "documents": {name: b.heldout_documents for name, b in run.domains.items()},
+    }  # fmt: skip
+    if arm.gates and arm.gates_rate != recipe.learn.gates.learning_rate:
+        row["note"] = "gates not learned" if arm.gates_rate == 0 else f"gate learning rate {arm.gates_rate:g}"
+    return row
+
+
+def _write(run: Run, rows: list[dict[str, Any]]) -> None:
+    recipe, arm = run.recipe, main_arm(run)
+    gates = load_gates(run, arm, run.folder)
+    shared = None
+    if recipe.learn.gates.start != "constant":
+        start = load_gates(run, arm, run.folder, "start")
+        removed = int((~gates.mask(gates.kept())).sum())
+        shared = {"start": recipe.learn.gates.start, "share": overlap(start, gates), "removed": removed}
+    plans = {"dense": [layer.ffn_neurons for layer in run.units.layers],
+             "koff": plan_arm(run, arm, run.folder).widths_of("ffn_neurons")}  # fmt: skip
+    for asked in recipe.compare:
+        other = arm_of(asked, run)
+        if other.method not in ("dense", "koff"):
+            name = f"{other.method} ({other.ranking})"
+            plans.setdefault(name, plan_arm(run, other, _place(run, other)).widths_of("ffn_neurons"))
+    log: list[dict[str, Any]] = []
+    for phase in ("learning", "settling"):
+        path = run.folder / "checkpoints" / phase / "log.json"
+        log += read_json(path) if path.exists() else []
+    write_report(
+        run.folder,
+        model=run.model_identity,
+        recipe_digest=recipe.digest(),
+        versions=versions(),
+        rows=rows,  # type: ignore[arg-type]
+        notes=[],
+        overlap=shared,
+        plans=plans,
+        log=log,
+    )
+
+
+__all__ = ["compare", "render_table"]

@@ -1,0 +1,124 @@
+"""Closed-form compensation: what the removed channels gave, predicted from what the kept ones give.
+
+Per consumer with weight W, over the scoring tokens x with C = sum x x^T, the least-squares prediction of the removed
+channels R from the kept ones K is x_R ~ B x_K with B = C_RK (C_KK + eps I)^-1, eps = ridge * mean diagonal of C.
+Folding it into the weight gives W'_K = W_K + W_R B: no training, no parameters, no cost at run time.
+
+While gates are learned the same prediction stands in for closed units, so that a unit is judged by what its
+neighbours cannot say for it: a closed unit's gradient is that of opening it beyond its prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from koff_prune.plan import Kept
+from koff_prune.scores import Place, consumer
+from koff_prune.units import UnitKind, Units, decoder_layers, head_channels
+
+
+def channels(units: Units, layer: int, kind: UnitKind, indices: list[int]) -> torch.Tensor:
+    """Channels of the consumer's input that belong to the units `indices`, int64, ascending."""
+    if kind == "ffn_neurons":
+        return torch.tensor(indices, dtype=torch.long)
+    have = units.layers[layer]
+    return torch.tensor(head_channels(indices, have.head_dim, have.queries), dtype=torch.long)
+
+
+def removed(units: Units, layer: int, kind: UnitKind, kept: list[int]) -> list[int]:
+    """The complement of `kept`."""
+    stays = set(kept)
+    return [j for j in range(units.layers[layer].count(kind)) if j not in stays]
+
+
+def predict(second: torch.Tensor, keep: torch.Tensor, drop: torch.Tensor, ridge: float) -> torch.Tensor:
+    """B [dropped, kept], float32: the ridge regression of the dropped channels on the kept ones.
+
+    Args:
+        second: Second moments C, float32 [channels, channels].
+        keep: Kept channels, int64.
+        drop: Dropped channels, int64.
+        ridge: Share of the mean diagonal of C.
+    """
+    inner = second[keep][:, keep]
+    inner.diagonal().add_(ridge * second.diagonal().mean().clamp_min(1e-12))
+    factor = torch.linalg.cholesky(inner)
+    return torch.cholesky_solve(second[keep][:, drop], factor).T.contiguous()
+
+
+@dataclass
+class Compensation:
+    """The solve for one model: second moments by (layer, kind), and the ridge."""
+
+    second: Mapping[Place, torch.Tensor]
+    ridge: float
+    units: Units
+
+    def solve(self, kept: Kept) -> dict[Place, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Per place that loses something: kept channels, dropped channels, B [dropped, kept]."""
+        result = {}
+        for (i, kind), second in self.second.items():
+            gone = removed(self.units, i, kind, kept[i][kind])
+            if gone:
+                keep = channels(self.units, i, kind, kept[i][kind])
+                drop = channels(self.units, i, kind, gone)
+                result[(i, kind)] = (keep, drop, predict(second, keep, drop, self.ridge))
+        return result
+
+    def fold(self, model: nn.Module, kept: Kept) -> None:
+        """Adds W_R B to the kept columns of every consumer of the (still uncut) model, in place."""
+        layers = decoder_layers(model)
+        for (i, kind), (keep, drop, b) in self.solve(kept).items():
+            weight = consumer(layers[i], kind).weight
+            with torch.no_grad():
+                w = weight.float()
+                weight[:, keep] = (w[:, keep] + w[:, drop] @ b).to(weight.dtype)
+
+
+class PredictionHooks:
+    """Adds the prediction of closed units to the consumers' base layers while gates are learned.
+
+    It sits behind the base layer inside PEFT's wrapper: LoRA never sees it, as it will not after the cut.
+    """
+
+    def __init__(self, model: nn.Module, compensation: Compensation) -> None:
+        self.compensation = compensation
+        self._tables: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.z: Mapping[Place, torch.Tensor] = {}
+        self._handles = []
+        for i, layer in enumerate(decoder_layers(model)):
+            for kind in {kind for at, kind in compensation.second if at == i}:
+                module: Any = consumer(layer, kind)
+                base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+                self._handles.append(base.register_forward_hook(self._hook((i, kind))))
+
+    def refresh(self, kept: Kept, dtype: torch.dtype) -> None:
+        """Solves for the units that `kept` leaves out. B is spread over all channels, zero at closed ones."""
+        self._tables = {}
+        for place, (keep, drop, b) in self.compensation.solve(kept).items():
+            wide = b.new_zeros(len(drop), self.compensation.second[place].shape[0])
+            wide[:, keep] = b
+            self._tables[place] = (wide.to(dtype), drop)
+
+    def _hook(self, place: Place) -> Any:
+        def add(module: nn.Linear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+            z = self.z.get(place)
+            table = self._tables.get(place)
+            if z is None or table is None:
+                return None
+            wide, drop = table
+            # 1 - z is 1 for a closed unit; its gradient is minus the unit's own
+            predicted = functional.linear(args[0], wide) * (1 - z[drop]).to(args[0].dtype)
+            return output + functional.linear(predicted, module.weight[:, drop])
+
+        return add
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,194 @@
+"""The cut: units leave the model physically, and memories are sliced to match.
+
+Without compensation every backbone tensor is a byte-exact slice of the dense one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from koff_export.errors import KoffError
+from koff_export.files import check_safetensors, read_json
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from koff_prune.compensate import Compensation, removed
+from koff_prune.plan import Plan
+from koff_prune.units import Units, decoder_layers, ffn_group, head_channels, prune_kv_groups, read_units
+
+WEIGHTS = "model.safetensors"
+
+
+def cut(model: PreTrainedModel, plan: Plan, compensation: Compensation | None = None) -> PreTrainedModel:
+    """Removes everything the plan does not keep, in place, through torch-pruning's pruning functions.
+
+    Args:
+        model: The dense model, without PEFT.
+        plan: What stays.
+        compensation: Folded into the consumers first; None leaves exact slices.
+
+    Returns:
+        The same model, now the backbone; its config tells the new widths.
+
+    Raises:
+        KoffError: The plan names units the model does not have.
+    """
+    units = read_units(model)
+    plan.check_fits(units)
+    if compensation is not None:
+        compensation.fold(model, plan.layers)
+    for i, layer in enumerate(decoder_layers(model)):
+        neurons = removed(units, i, "ffn_neurons", plan.layers[i]["ffn_neurons"])
+        if neurons:
+            ffn_group(layer.mlp, neurons).prune()
+            layer.mlp.intermediate_size = len(plan.layers[i]["ffn_neurons"])
+        groups = removed(units, i, "kv_groups", plan.layers[i]["kv_groups"])
+        if groups:
+            prune_kv_groups(layer.self_attn, groups)
+    model.requires_grad_(False)
+    set_widths(model.config, plan, units)
+    return model
+
+
+def set_widths(config: PretrainedConfig, plan: Plan, units: Units) -> None:
+    """Writes the plan's widths into the config: plain keys where uniform, else `per_layer_config`.
+
+    `per_layer_config` is the form transformers >= 5.15 records; only layers that differ from the dense model appear.
+    """
+    widths = [
+        {
+            "intermediate_size": len(layer["ffn_neurons"]),
+            "num_attention_heads": len(layer["kv_groups"]) * have.queries,
+            "num_key_value_heads": len(layer["kv_groups"]),
+        }
+        for layer, have in zip(plan.layers, units.layers, strict=True)
+    ]
+    config.head_dim = units.layers[0].head_dim  # no longer hidden_size / heads
+    if all(w == widths[0] for w in widths):
+        for key, value in widths[0].items():
+            setattr(config, key, value)
+        return
+    dense = {key: getattr(config, key) for key in widths[0]}
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = {
+        i: changed for i, w in enumerate(widths) if (changed := {k: v for k, v in w.items() if v != dense[k]})
+    }
+
+
+def save_backbone(model: PreTrainedModel, folder: Path) -> None:
+    """Writes config.json, generation_config.json and model.safetensors into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("_model_name_or_path", None)
+    clean = type(model.config).from_dict(config)
+    clean.architectures = [type(model).__name__]
+    clean.dtype = next(model.parameters()).dtype
+    # readers before transformers 5 know rope_theta and rope_scaling only
+    rope = getattr(model.config, "rope_parameters", None)
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        clean.rope_theta = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            clean.rope_scaling = rope
+    clean.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def load_backbone(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Opens a backbone with per-layer or uniform widths; no remote code.
+
+    Args:
+        folder: A bundle, or a run's `backbone/`.
+        dtype: Cast to this; default: as saved.
+
+    Returns:
+        The causal LM, in eval mode, frozen.
+
+    Raises:
+        KoffError: No backbone there, or damaged weights.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
+        raise KoffError(f"{folder}: holds no backbone (config.json and {WEIGHTS} are needed)")
+    check_safetensors(folder / WEIGHTS)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KoffError(f"{folder}/config.json: not a config that transformers reads ({error})") from error
+    state = load_file(folder / WEIGHTS)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        if read_json(folder / "config.json").get("per_layer_config"):
+            for i, layer in enumerate(model.model.layers):
+                model.model.layers[i] = type(layer)(config.per_layer_config[i], i)
+    if config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise KoffError(f"{folder}: {WEIGHTS} does not fit config.json ({reason})") from error
+    model.tie_weights()
+    # its buffers are computed, not saved
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    if hasattr(model.model, "rotary_emb_local"):
+        model.model.rotary_emb_local = type(model.model.rotary_emb_local)(config=config)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
+    model.requires_grad_(False)
+    return model.to(dtype).eval() if dtype else model.eval()
+
+
+def slice_memory(
+    tensors: Mapping[str, Mapping[str, torch.Tensor]], plan: Plan, units: Units
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Cuts one domain's memory to fit the backbone.
+
+    gate, up, q, k and v lose rows of B; down and o lose columns of A; the cache loses heads.
+
+    Args:
+        tensors: `lora` (PEFT names) and `kv` tensors trained around the dense model.
+        plan: What stays.
+        units: Of the dense model.
+    """
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    if "lora" in tensors:
+        result["lora"] = {
+            name: _slice_lora(name, t, plan, units).contiguous() for name, t in tensors["lora"].items()
+        }
+    if "kv" in tensors:
+        result["kv"] = {
+            name: t[torch.tensor(plan.layers[int(name.split(".")[1])]["kv_groups"])].contiguous()
+            for name, t in tensors["kv"].items()
+        }
+    return result
+
+
+def _slice_lora(name: str, tensor: torch.Tensor, plan: Plan, units: Units) -> torch.Tensor:
+    parts = name.split(".")
+    i = int(parts[parts.index("layers") + 1])
+    have, kept = units.layers[i], plan.layers[i]
+    neurons, groups = kept["ffn_neurons"], kept["kv_groups"]
+    queries = head_channels(groups, have.head_dim, have.queries)
+    rows = {"gate_proj": neurons, "up_proj": neurons, "q_proj": queries,
+            "k_proj": head_channels(groups, have.head_dim), "v_proj": head_channels(groups, have.head_dim)}  # fmt: skip
+    columns = {"down_proj": neurons, "o_proj": queries}
+    module = next((p for p in parts if p in rows or p in columns), None)
+    if module in rows and "lora_B" in parts:
+        return tensor[torch.tensor(rows[module])]
+    if module in columns and "lora_A" in parts:
+        return tensor[:, torch.tensor(columns[module])]
+    return tensor
+
+
+def copy_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes the tokenizer's files beside the backbone."""
+    tokenizer.save_pretrained(str(folder))
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)

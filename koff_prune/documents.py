@@ -1,0 +1,240 @@
+"""From a source in a recipe to documents: (key, text) pairs, in the order of the files.
+
+Tables (jsonl, csv, parquet, arrow, hub datasets) are read by `datasets`, streamed, so that nothing is copied.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sqlite3
+import sysconfig
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from koff_export.errors import KoffError
+from koff_prune.packages import fetch_files
+from koff_prune.recipe import TextSource
+from koff_prune.templates import lookup, render
+
+Record = dict[str, Any]
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_SQLITE = (".db", ".sqlite", ".sqlite3")
+_PIECE, _LONG_PIECE = 2_000, 8_000  # characters; see `_pieces`
+_STDLIB_BYTES = (500, 400_000)
+_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tuple[str, str]]:
+    """Yields the documents of one source.
+
+    Args:
+        source: Its local path absolute, or relative to the working folder.
+        cache: Replaces the cache folder of packages.
+
+    Yields:
+        Key and text, neither empty. Without `source.key`, a text file's key is its name, a query's its first
+        column and a record's its text. Records of one file that share a key are one document: their texts
+        joined by line breaks in the order of the file, or the text alone when all say the same, as rows that
+        repeat a question for each answer do.
+
+    Raises:
+        KoffError: A missing or unreadable file, a template that does not fit the records, a query that fails.
+    """
+    remove = re.compile(source.remove) if source.remove else None
+    rows = (
+        (i, named, record) for i, (named, records) in enumerate(_tables(source, cache)) for record in records
+    )
+    fields: list[str] = []
+    found = False
+    for (_, named), table in groupby(islice(rows, source.limit), key=lambda row: row[:2]):
+        key_template = source.key or ("{key}" if named else None)
+        grouped: dict[str, list[str]] = {}
+        for _, _, record in table:
+            fields = fields or list(record)
+            if not _wanted(record, source):
+                continue
+            try:
+                text = render(source.text, record)
+                key = render(key_template, record) if key_template else ""
+            except ValueError as error:
+                raise KoffError(f"{describe(source)}: {error}") from error
+            text = (remove.sub("", text) if remove else text).strip()
+            if not text:
+                continue
+            found = True
+            if key_template is None:
+                yield text, text
+            else:
+                grouped.setdefault(key or text, []).append(text)
+        for key, texts in grouped.items():
+            yield key, texts[0] if len(set(texts)) == 1 else "\n".join(texts)
+    if fields and not found:
+        where = f" and `where: {source.where}`" if source.where else ""
+        raise KoffError(
+            f'{describe(source)}: no record gives any text under `text: "{source.text}"`{where}; '
+            f"the fields are {', '.join(fields)}"
+        )
+
+
+def describe(source: TextSource) -> str:
+    """A source in a few words, for messages."""
+    if source.python_stdlib:
+        return "python_stdlib"
+    kind = "package" if source.package else "hub" if source.hub else "path"
+    return f"{kind} {getattr(source, kind)}"
+
+
+def _wanted(record: Record, source: TextSource) -> bool:
+    for path, value in (source.where or {}).items():
+        found = lookup(record, path)
+        if found != value or isinstance(found, bool) != isinstance(value, bool):
+            return False
+    return True
+
+
+def _tables(source: TextSource, cache: Path | None) -> Iterator[tuple[bool, Iterable[Record]]]:
+    """Per file, whether its records name themselves (fields `key` and `text`), and the records."""
+    if source.hub:
+        yield False, _hub(source)
+        return
+    files = sorted(_files(source, cache))
+    texts = [(name, path) for name, path in files if _kind(path) == "text"]
+    for name, path in files:
+        if (kind := _kind(path)) == "sqlite":
+            yield True, _rows(path, source)
+        elif kind != "text":
+            yield False, _streamed(name, path, kind)
+    if len(files) == 1 and texts and not source.python_stdlib:
+        yield True, _pieces(*texts[0])
+    elif texts:
+        yield True, ({"key": name, "text": _read(path)} for name, path in texts)
+
+
+def _kind(path: Path) -> str:
+    """`sqlite`, `text`, or the name of the builder in `datasets` that reads the file."""
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in _PACKED]
+    last = suffixes[-1] if suffixes else ""
+    return "sqlite" if last in _SQLITE else _BUILDERS.get(last, "text")
+
+
+def _files(source: TextSource, cache: Path | None) -> list[tuple[str, Path]]:
+    """Name and path of every file meant."""
+    patterns = [source.files] if isinstance(source.files, str) else source.files
+    if source.package and source.sha256 and patterns:
+        paths = fetch_files(source.package, patterns, source.sha256, cache=cache)
+        return [(path.as_posix().split(f"/{source.sha256}/files/", 1)[1], path) for path in paths]
+    if source.python_stdlib:
+        root = Path(sysconfig.get_path("stdlib"))
+        smallest, largest = _STDLIB_BYTES
+        return [
+            (name, path)
+            for name, path in _walk(root, patterns or ["*.py"])
+            if path.suffix == ".py"
+            and not _STDLIB_SKIPPED.intersection(Path(name).parts)
+            and smallest <= path.stat().st_size <= largest
+        ]
+    root = Path(source.path or "").expanduser()
+    if root.is_file():
+        return [(root.name, root)]
+    if not root.is_dir():
+        raise KoffError(f"path {source.path}: there is no such file or folder")
+    files = _walk(root, patterns or ["*"])
+    if not files:
+        raise KoffError(
+            f"path {source.path}: no file in this folder matches {patterns or 'anything'}; mend `files`"
+        )
+    return files
+
+
+def _walk(root: Path, patterns: list[str]) -> list[tuple[str, Path]]:
+    found = []
+    for path in root.rglob("*"):
+        name = path.relative_to(root).as_posix()
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if not hidden and any(fnmatch.fnmatchcase(name, p) for p in patterns) and path.is_file():
+            found.append((name, path))
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise KoffError(f"{path} is not UTF-8 text; convert it, or leave it out with `files`") from error
+    except OSError as error:
+        raise KoffError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _pieces(name: str, path: Path) -> Iterator[Record]:
+    """A lone text file as several documents, so that it can be split.
+
+    A piece ends at the first blank line after `_PIECE` characters, or at any line end after `_LONG_PIECE`.
+    """
+    piece: list[str] = []
+    size = number = 0
+    for line in _read(path).splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= _LONG_PIECE or (size >= _PIECE and not line.strip()):
+            yield {"key": f"{name}#{number}", "text": "".join(piece)}
+            piece, size, number = [], 0, number + 1
+    yield {"key": f"{name}#{number}", "text": "".join(piece)}
+
+
+def _streamed(name: str, path: Path, builder: str) -> Iterator[Record]:
+    from datasets import load_dataset
+
+    if path.stat().st_size == 0:
+        raise KoffError(f"{name} is empty")
+    try:
+        yield from load_dataset(builder, data_files=[str(path)], split="train", streaming=True)
+    except Exception as error:  # datasets raises what its readers do: pyarrow's, json's, zlib's errors
+        raise KoffError(f"{path} cannot be read as {builder}: {_first_line(error)}") from error
+
+
+def _hub(source: TextSource) -> Iterator[Record]:
+    from datasets import load_dataset
+
+    try:
+        yield from load_dataset(
+            source.hub, name=source.config, revision=source.revision, split=source.dataset_split,
+            data_files=source.files, streaming=True,
+        )  # fmt: skip
+    except Exception as error:  # as above, and the hub's and the network's
+        raise KoffError(
+            f"hub {source.hub}: the dataset cannot be read ({_first_line(error)}); "
+            "check its id, `config`, `dataset_split`, `files` and the network"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
+
+
+_READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
+
+
+def _rows(path: Path, source: TextSource) -> Iterator[Record]:
+    """Rows of `source.query`; the query may read this file and do nothing else."""
+    if source.query is None:
+        raise KoffError(f"{path} is a SQLite file: set `query` to SQL that yields (key, text) rows")
+    try:
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+        try:
+            connection.set_authorizer(
+                lambda action, *_: sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY
+            )
+            cursor = connection.execute(source.query)
+            if len(cursor.description or ()) != 2:
+                raise KoffError(f"query of {path.name}: must select two columns, the key and the text")
+            for key, text in cursor:
+                yield {"key": "" if key is None else str(key), "text": "" if text is None else str(text)}
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise KoffError(f"query of {path.name}: {error}") from error

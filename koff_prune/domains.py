@@ -1,0 +1,309 @@
+"""From documents to token blocks: split by document, shuffle, tokenise, pack.
+
+Which document is on which side, and in which order they come, depends on keys, texts and the seed alone: not
+on the order of files, nor on how many tokens are asked for. Long documents are divided into pieces that are
+shuffled too, so that a small budget still sees many documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from koff_export.errors import KoffError
+from koff_export.files import check_safetensors, disk_errors
+from koff_prune.documents import describe, documents
+from koff_prune.recipe import Domain, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "DomainBlocks",
+    "Sides",
+    "documents",
+    "load_blocks",
+    "load_domain",
+    "save_blocks",
+    "split_documents",
+]
+_BATCH = 32  # pieces tokenised at once
+_PIECE = 8  # characters of a piece for every token of a window, so that most windows lie within one piece
+
+
+@dataclass
+class DomainBlocks:
+    """The token blocks of one domain, all int64 token ids.
+
+    Attributes:
+        name: The domain.
+        train: [n, learn.window]; enough for the token budget where the text suffices, to be cycled where not.
+        scoring: [k, scoring.window], the start of the training text, k * window <= scoring.tokens.
+        heldout: [m, evaluate.window], m * window <= evaluate.tokens.
+        heldout_documents: Of each held-out window, the index of the document that its first token is from.
+        prefill: [memory.kv.tokens], the start of the training text; empty without a learned cache.
+        digest: sha256 over every document's key, text and side, whether it was tokenised or not.
+        documents: How many were read, were duplicates, leaked (their key is held out elsewhere in the domain,
+            so they were dropped), are in train and heldout, and of these gave tokens (*_used).
+    """
+
+    name: str
+    train: torch.Tensor
+    scoring: torch.Tensor
+    heldout: torch.Tensor
+    heldout_documents: list[int]
+    prefill: torch.Tensor
+    digest: str
+    documents: dict[str, int]
+
+
+@dataclass
+class _Document:
+    """A text, the keys it came with, those of them that a recipe gave, and whether it is held out."""
+
+    text: str
+    keys: set[str] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
+    held: bool = False
+
+
+@dataclass
+class Sides:
+    """The documents of a domain after the split; texts in shuffled order."""
+
+    train: list[str]
+    heldout: list[str]
+    digest: str
+    counts: dict[str, int]
+
+
+def load_domain(
+    name: str,
+    domain: Domain,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    *,
+    bos: int | None,
+    cache: Path | None = None,
+) -> DomainBlocks:
+    """Reads, splits, tokenises and packs one domain.
+
+    Args:
+        name: Its name, for messages.
+        domain: Its part of the recipe.
+        tokenizer: The dense model's; its end-of-text token is put between documents.
+        recipe: Says how many tokens are needed.
+        bos: Token id that every window starts with, or None.
+        cache: Replaces the cache folder of packages.
+
+    Raises:
+        KoffError: No documents, or too little text on either side; says how much there is and what to mend.
+    """
+    if tokenizer.eos_token_id is None:
+        raise KoffError("model.source: its tokenizer has no end-of-text token to put between documents")
+    sides = split_documents(name, domain, seed=recipe.seed, cache=cache)
+    learn, scoring, evaluate = recipe.learn, recipe.scoring, recipe.evaluate
+    lead = 0 if bos is None else 1
+    budget = math.ceil((learn.tokens + learn.settle_tokens) / len(recipe.domains)) + scoring.tokens
+    train_windows = math.ceil(budget / learn.window)
+    scoring_windows = max(1, scoring.tokens // scoring.window)
+    heldout_windows = max(1, evaluate.tokens // evaluate.window)
+    prefill = recipe.memory.kv.tokens if recipe.memory.kv else 0
+    least = {
+        "learn.window": learn.window - lead,
+        "scoring.tokens": scoring_windows * (scoring.window - lead),
+        "memory.kv.tokens": max(0, prefill - lead),
+    }
+    key = max(least, key=least.__getitem__)
+    wanted = max(train_windows * (learn.window - lead), least[key])
+    train, sources = _stream(sides.train, tokenizer, wanted, _PIECE * learn.window, recipe.seed)
+    _need(name, "training", train, sides.train, key, least[key])
+    wanted = heldout_windows * (evaluate.window - lead)
+    heldout, owners = _stream(sides.heldout, tokenizer, wanted, _PIECE * evaluate.window, recipe.seed)
+    _need(name, "held-out", heldout, sides.heldout, "evaluate.tokens", wanted)
+    used = {"train_used": len(sources.unique()), "heldout_used": len(owners.unique())}
+    start = train if bos is None else torch.cat([torch.tensor([bos]), train])
+    return DomainBlocks(
+        name=name,
+        train=_windows(train, learn.window, train_windows, bos),
+        scoring=_windows(train, scoring.window, scoring_windows, bos),
+        heldout=_windows(heldout, evaluate.window, heldout_windows, bos),
+        heldout_documents=_windows(owners, evaluate.window - lead, heldout_windows, None)[:, 0].tolist(),
+        prefill=start[:prefill].clone(),
+        digest=sides.digest,
+        documents={**sides.counts, **used},
+    )
+
+
+def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None = None) -> Sides:
+    """Reads all documents of a domain, drops exact duplicates and divides them.
+
+    A document is held out when any source that has its text holds it out. One whose key, given by `key` or
+    `query`, is held out anywhere in the domain is never trained on.
+
+    Raises:
+        KoffError: No documents, or none on one of the sides.
+    """
+    found: dict[str, _Document] = {}  # by the digest of the text
+    heldout_keys: set[str] = set()
+    read = 0
+    for source in domain.sources:
+        given = source.key is not None or source.query is not None
+        for key, text in documents(source, cache=cache):
+            read += 1
+            held = _share(key) < domain.split.heldout if source.use == "split" else source.use == "heldout"
+            document = found.setdefault(hashlib.sha256(text.encode()).hexdigest(), _Document(text))
+            document.held |= held
+            document.keys.add(key)
+            if given:
+                document.given.add(key)
+                heldout_keys |= {key} if held else set()
+    sides: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    lines, leaks = [], 0
+    for digest, document in found.items():
+        if not document.held and not heldout_keys.isdisjoint(document.given):
+            leaks += 1
+            continue
+        key = min(document.keys)  # whichever source came first
+        order = hashlib.sha256(f"{seed}\n{key}\n{digest}".encode()).hexdigest()
+        sides[document.held].append((order, document.text))
+        side = "heldout" if document.held else "train"
+        lines.append(f"{side} {hashlib.sha256(key.encode()).hexdigest()} {digest}\n")
+    _need_documents(name, domain, sides)
+    train, heldout = ([text for _, text in sorted(sides[held])] for held in (False, True))
+    counts = {
+        "read": read,
+        "duplicates": read - len(found),
+        "leaks": leaks,
+        "train": len(train),
+        "heldout": len(heldout),
+    }
+    return Sides(train, heldout, hashlib.sha256("".join(sorted(lines)).encode()).hexdigest(), counts)
+
+
+def _share(key: str) -> float:
+    """A key's place in [0, 1), evenly spread."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+
+
+def _need_documents(name: str, domain: Domain, sides: dict[bool, list[tuple[str, str]]]) -> None:
+    total = len(sides[False]) + len(sides[True])
+    if not total:
+        sources = ", ".join(describe(source) for source in domain.sources)
+        raise KoffError(f"domain '{name}': {sources} gives no documents; mend domains.{name}.source")
+    for held, side in ((True, "held out"), (False, "left to train on")):
+        if not sides[held]:
+            raise KoffError(
+                f"domain '{name}': of its {total} documents none is {side}; give more documents, "
+                f"mend domains.{name}.split.heldout (now {domain.split.heldout}) or a source's `use`"
+            )
+
+
+def _stream(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, wanted: int, size: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of shuffled pieces of about `size` characters, each followed by end-of-text.
+
+    Returns:
+        `wanted` ids or all there are, and of each id the index of its document; both int64 [tokens].
+    """
+    shuffled = []
+    for owner, text in enumerate(texts):
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        for number, piece in enumerate(pieces(text, size)):
+            order = hashlib.sha256(f"{seed}\n{digest}\n{number}".encode()).hexdigest()
+            shuffled.append((order, owner, piece))
+    shuffled.sort()
+    ids: list[int] = []
+    owners: list[int] = []
+    for start in range(0, len(shuffled), _BATCH):
+        if len(ids) >= wanted:
+            break
+        batch = shuffled[start : start + _BATCH]
+        # split_special_tokens: a text that spells a control token is text.
+        tokens = tokenizer(
+            [piece for _, _, piece in batch], add_special_tokens=False, split_special_tokens=True,
+            return_attention_mask=False, verbose=False,
+        )["input_ids"]  # fmt: skip
+        for (_, owner, _), row in zip(batch, tokens, strict=True):
+            ids += [*row, tokenizer.eos_token_id]
+            owners += [owner] * (len(row) + 1)
+    keep = max(wanted, 0)
+    return torch.tensor(ids[:keep], dtype=torch.long), torch.tensor(owners[:keep], dtype=torch.long)
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """Divides a text into pieces of about `size` characters, at line ends or else at spaces."""
+    start = 0
+    while len(text) - start > size * 3 // 2:
+        cut = text.rfind("\n", start + size // 2, start + size)
+        if cut < 0:
+            cut = text.rfind(" ", start + size // 2, start + size)
+        end = cut + 1 if cut >= 0 else start + size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _need(name: str, side: str, stream: torch.Tensor, texts: list[str], key: str, needed: int) -> None:
+    if len(stream) < needed:
+        raise KoffError(
+            f"domain '{name}': its {side} text is too short, {len(stream)} tokens in {len(texts)} documents "
+            f"where {key} needs {needed}; lower {key}, or give more text in domains.{name}.source"
+        )
+
+
+def _windows(stream: torch.Tensor, window: int, most: int, bos: int | None) -> torch.Tensor:
+    """The first windows of a stream, [n, window] with n <= most, each starting with `bos` if there is one."""
+    body = window - (bos is not None)
+    count = min(most, len(stream) // body)
+    block = stream[: count * body].view(count, body)
+    return block.clone() if bos is None else torch.cat([torch.full((count, 1), bos), block], dim=1)
+
+
+_TENSORS = ("train", "scoring", "heldout", "prefill")
+
+
+def save_blocks(blocks: DomainBlocks, folder: Path) -> Path:
+    """Writes `folder/<name>.safetensors`: the ids as int32, everything else as JSON in its metadata.
+
+    Raises:
+        KoffError: The disk is full or may not be written.
+    """
+    path = Path(folder) / f"{blocks.name}.safetensors"
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    rest = {f.name: getattr(blocks, f.name) for f in fields(blocks) if f.name not in _TENSORS}
+    tensors = {name: getattr(blocks, name).to(torch.int32).contiguous() for name in _TENSORS}
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, aside, metadata={"domain": json.dumps(rest)})
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    return path
+
+
+def load_blocks(path: Path) -> DomainBlocks:
+    """Reads what `save_blocks` wrote.
+
+    Raises:
+        KoffError: The file is missing, truncated or of another kind.
+    """
+    check_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        try:
+            rest: dict[str, Any] = json.loads((file.metadata() or {})["domain"])
+            return DomainBlocks(**rest, **{name: file.get_tensor(name).long() for name in _TENSORS})
+        except (KeyError, ValueError, TypeError) as error:
+            raise KoffError(f"{path} holds no token blocks of a domain: it is damaged or foreign") from error

@@ -1,0 +1,49 @@
+"""Held-out loss of a model with or without a memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.nn import functional
+
+from koff_prune.memory import Memories
+
+
+@torch.no_grad()
+def window_losses(
+    memories: Memories,
+    windows: torch.Tensor,
+    domain: str | None,
+    progress: Callable[[int], None] | None = None,
+    batch: int = 2,
+) -> list[float]:
+    """Mean nats per predicted token of every window.
+
+    Args:
+        memories: Around the model to be judged.
+        windows: int64 [windows, window]; tokens 2..n of each are predicted from those before and the memory.
+        domain: Whose memory to attach; None for none.
+        progress: Called with the tokens of each finished batch.
+        batch: Windows per forward.
+    """
+    memories.activate(domain)
+    losses: list[float] = []
+    for rows in windows.split(batch):
+        with memories.autocast():
+            logits = memories.base(input_ids=rows, use_cache=False).logits
+        for row, target in zip(logits, rows, strict=True):
+            losses.append(float(functional.cross_entropy(row[:-1].float(), target[1:])))
+        if progress:
+            progress(rows.numel())
+    memories.activate(None)
+    return losses
+
+
+def perplexities(losses: Mapping[str, list[float]]) -> dict[str, float]:
+    """Per domain exp(mean nats per token), and their geometric mean as `gmean`."""
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    result = {name: math.exp(value) for name, value in means.items()}
+    result["gmean"] = math.exp(sum(means.values()) / len(means))
+    return result

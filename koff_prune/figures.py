@@ -1,0 +1,203 @@
+"""The report's figures as inline SVG: text stays text, nothing is fetched, nothing is scripted."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from statistics import median
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT, BLUE, PALE, GREY, ORANGE = "#1c2733", "#d5dbe3", "#1f5fbf", "#9dbfe8", "#a9b2bd", "#c4601d"
+_COLOURS = {"koff": BLUE, "variant": PALE, "baseline": GREY}
+_WIDEST = 3  # times the dense model's perplexity: as far as the axis of perplexities goes
+_CYCLE = (BLUE, ORANGE, "#2f8f5b", "#8a4fae", "#b3922b", "#c23b5a", "#3f9bb5", "#6b7684")
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": FAINT,
+    "legend.frameon": False,
+}
+
+
+def number(value: float | None) -> str:
+    """A perplexity for people: two decimals while they matter, thousands with commas."""
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def perplexity_bars(
+    labels: Sequence[str], values: Sequence[float], kinds: Sequence[str], lines: Mapping[str, float]
+) -> str:
+    """One bar per row on a log axis; the dense model and the ceiling as lines through all of them.
+
+    Args:
+        labels: Of the rows, top to bottom.
+        values: Their perplexities.
+        kinds: koff, variant (of koff) or baseline: the colour of the bar.
+        lines: Name and perplexity of what needs no bar: dense, ceiling.
+    """
+    with _style("perplexity"):
+        wrapped = [fill(label, 36) for label in labels]
+        figure = _figure(9, 1.1 + sum(0.2 + 0.18 * (1 + text.count("\n")) for text in wrapped))
+        axes = figure.subplots()
+        everything = [*values, *lines.values()]
+        low = min(everything) / 1.08
+        # One collapsed model would squeeze all others into a corner: its bar runs off the axis.
+        high = min(max(everything), _WIDEST * max([*lines.values(), min(values)]))
+        edge = high * (high / low) ** 0.14
+        for place, (value, kind) in enumerate(zip(values, kinds, strict=True)):
+            beyond = value > edge
+            axes.barh(place, (edge if beyond else value) - low, left=low, color=_COLOURS[kind], height=0.62)
+            spot = edge if beyond else value * (high / low) ** 0.01
+            text = f"{number(value)} \u25b6 " if beyond else number(value)
+            axes.text(spot, place, text, va="center", ha="right" if beyond else "left", fontsize=10)
+        for (name, value), dash in zip(lines.items(), ("-", "--"), strict=False):
+            axes.axvline(value, color=INK, linewidth=1.2, linestyle=dash, label=f"{name} {number(value)}")
+        axes.set_xscale("log")
+        axes.set_xlim(low, edge)
+        axes.set_yticks(range(len(labels)), wrapped)
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        _plain_log_ticks(axes, low, edge)
+        axes.set_xlabel("perplexity, geometric mean (log axis)")
+        if lines:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(lines), borderaxespad=0.2)
+        return _svg(figure, "Perplexity of every row")
+
+
+def kept_widths(plans: Mapping[str, Sequence[int]]) -> str:
+    """FFN neurons kept in every layer, one line per plan."""
+    from matplotlib.ticker import MaxNLocator
+
+    with _style("widths"):
+        figure = _figure(9, 3.4)
+        axes = figure.subplots()
+        colours = iter(_CYCLE * len(plans))
+        for name, widths in plans.items():
+            dense = name == "dense"
+            axes.plot(
+                range(len(widths)),
+                widths,
+                label=name,
+                color=GREY if dense else next(colours),
+                linestyle="--" if dense else "-",
+                linewidth=1.2 if dense else 1.8,
+                marker=None if dense else "o",
+                markersize=3,
+            )
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        axes.set_xlabel("layer")
+        axes.set_ylabel("FFN neurons kept")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
+        return _svg(figure, "FFN neurons kept per layer")
+
+
+def learning_curve(log: Sequence[Mapping[str, Any]]) -> str | None:
+    """Loss and expected sparsity by step, or None where the log holds no loss.
+
+    Args:
+        log: Entries with `step`, `loss` and where known `sparsity`, `tokens_per_second`, and `phase`, which
+            divides the lines.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    phases: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in log:
+        if entry.get("loss") is not None and entry.get("step") is not None:
+            phases.setdefault(str(entry.get("phase") or "learn"), []).append(entry)
+    if not phases:
+        return None
+    gated = [e for entries in phases.values() for e in entries if e.get("sparsity") is not None]
+    with _style("learning"):
+        figure = _figure(9, 4.2 if gated else 3)
+        grid = figure.subplots(
+            2 if gated else 1, 1, squeeze=False, sharex=True, height_ratios=[2, 1][: 1 + bool(gated)]
+        )
+        loss_axes: Axes = grid[0, 0]
+        for place, (name, entries) in enumerate(phases.items()):
+            steps = [e["step"] for e in entries]
+            losses = [e["loss"] for e in entries]
+            colour = _CYCLE[place % len(_CYCLE)]
+            # Single steps are noisy: they stay visible behind their running median.
+            loss_axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
+            loss_axes.plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=name)
+        loss_axes.set_ylabel("loss (nats)")
+        loss_axes.grid(axis="y")
+        if len(phases) > 1:
+            loss_axes.legend(loc="upper right", ncols=len(phases))
+        if gated:
+            grid[1, 0].plot(
+                [e["step"] for e in gated], [e["sparsity"] for e in gated], color=INK, linewidth=1.5
+            )
+            grid[1, 0].set_ylabel("sparsity")
+            grid[1, 0].set_ylim(bottom=0)
+            grid[1, 0].grid(axis="y")
+        grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        grid[-1, 0].set_xlabel("optimizer step")
+        speeds = [e["tokens_per_second"] for e in log if e.get("tokens_per_second")]
+        if speeds:
+            loss_axes.set_title(f"{median(speeds):,.0f} tokens per second (median)", fontsize=11)
+        return _svg(figure, "Learning curve")
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    reach = max(1, len(values) // 24)
+    return [median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+
+
+def _plain_log_ticks(axes: Axes, low: float, high: float) -> None:
+    """Ticks in plain numbers, also where the axis spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    if high / low < 10:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(LogLocator(numticks=8))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def _style(salt: str) -> Any:
+    """The house style; the salt keeps ids of several figures in one page apart and the same in every run."""
+    from matplotlib import rc_context
+
+    return rc_context({**_STYLE, "svg.hashsalt": salt})
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure without pyplot: no global state, no display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The bare <svg> element, without the prologue, metadata and name spaces that HTML does not need."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'(<svg\b[^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg\b[^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

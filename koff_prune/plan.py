@@ -1,0 +1,267 @@
+"""Gates or scores in, kept indices out: the plan, the contract between choosing and cutting."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from koff_export.errors import KoffError
+from koff_export.files import read_json, write_json
+
+from koff_prune.recipe import Structure
+from koff_prune.units import KINDS, UnitKind, Units
+
+TOLERANCE = 0.002  # of sparsity: what nothing reachable may miss the target by
+Scores = dict[UnitKind, list[torch.Tensor]]
+"""Per kind and layer, float [units]: higher means keep, already divided by cost where kinds are compared."""
+Kept = list[dict[UnitKind, list[int]]]
+"""Per layer and kind, the ascending indices of the units that stay."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of a model.
+
+    Attributes:
+        model: source, revision and config_sha256 of the dense model.
+        method: koff, or the baseline that scored the units.
+        ranking: global or per_layer.
+        of: total or blocks.
+        target: Asked sparsity.
+        realised: Sparsity of this plan.
+        widths: per_layer or uniform.
+        round_to: FFN widths are multiples of this.
+        parameters: dense and slim parameter counts.
+        layers: Kept indices.
+    """
+
+    model: dict[str, Any]
+    method: str
+    ranking: str
+    of: str
+    target: float
+    realised: float
+    widths: str
+    round_to: int
+    parameters: dict[str, int]
+    layers: Kept
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the sorted layers and the dense model's config alone."""
+        layers = [{kind: sorted(layer[kind]) for kind in KINDS} for layer in self.layers]
+        text = json.dumps({"config_sha256": self.model["config_sha256"], "layers": layers}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def widths_of(self, kind: UnitKind) -> list[int]:
+        """Units kept per layer."""
+        return [len(layer[kind]) for layer in self.layers]
+
+    def save(self, path: Path) -> None:
+        """Writes plan.json, format 1."""
+        write_json(path, {"format": 1, **self.__dict__, "digest": self.digest})
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Reads plan.json and checks its form and digest.
+
+        Raises:
+            KoffError: Not a plan, another format, or edited by hand.
+        """
+        data = read_json(path)
+        if not isinstance(data, dict) or data.get("format") != 1:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise KoffError(f"{path}: format is {found!r}, this version reads plan format 1")
+        try:
+            plan = cls(**{name: data[name] for name in cls.__dataclass_fields__})
+            for layer in plan.layers:
+                if set(layer) != set(KINDS):
+                    raise ValueError("a layer needs ffn_neurons and kv_groups")
+                for indices in layer.values():
+                    if not indices or any(type(i) is not int or i < 0 for i in indices):
+                        raise ValueError("kept indices must be whole numbers from 0, at least one")
+                    if any(a >= b for a, b in pairwise(indices)):
+                        raise ValueError("kept indices must ascend")
+            digest = plan.digest
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise KoffError(f"{path}: not a plan ({error}); make it again with `koff-prune plan`") from error
+        if digest != data.get("digest"):
+            raise KoffError(f"{path}: `digest` does not match its layers; make it again with `koff-prune plan`")
+        return plan
+
+    def check_fits(self, units: Units) -> None:
+        """Raises KoffError where the plan names units that the model does not have."""
+        if len(self.layers) != len(units.layers):
+            raise KoffError(f"plan: {len(self.layers)} layers, but the model has {len(units.layers)}")
+        for i, (layer, have) in enumerate(zip(self.layers, units.layers, strict=True)):
+            for kind in KINDS:
+                if layer[kind][-1] >= have.count(kind):
+                    raise KoffError(
+                        f"plan: layers[{i}].{kind} keeps unit {layer[kind][-1]}, but there are {have.count(kind)}"
+                    )
+
+
+def all_kept(units: Units) -> Kept:
+    """Nothing removed."""
+    return [{kind: list(range(layer.count(kind))) for kind in KINDS} for layer in units.layers]
+
+
+def removed_parameters(kept: Kept, units: Units) -> int:
+    """Parameters that leave with everything that is not kept."""
+    return sum(
+        (have.count(kind) - len(layer[kind])) * have.cost(kind)
+        for layer, have in zip(kept, units.layers, strict=True)
+        for kind in KINDS
+    )
+
+
+def make_plan(
+    scores: Scores, units: Units, structure: Structure, *, model: dict[str, Any], method: str, ranking: str
+) -> Plan:
+    """Chooses what stays and checks that the target is met.
+
+    Args:
+        scores: Higher means keep. Kinds that `structure.units` does not name may be absent.
+        units: Of the dense model.
+        structure: Target, denominator, widths and rounding.
+        model: source, revision, config_sha256.
+        method: Written into the plan.
+        ranking: `global` ranks units over all layers; `per_layer` removes the same share of every layer.
+
+    Raises:
+        KoffError: Nothing reachable lies within 0.002 of the target.
+    """
+    kept = choose(scores, units, structure, structure.sparsity, per_layer=ranking == "per_layer")
+    whole = units.denominator(structure.of)
+    realised = removed_parameters(kept, units) / whole
+    if abs(realised - structure.sparsity) > TOLERANCE:
+        step = TOLERANCE * 0.05
+        other = realised
+        for k in range(1, 2001):  # walk away from the target until another plan comes up
+            target = structure.sparsity + k * step * (1 if realised < structure.sparsity else -1)
+            if not 0 < target < 1:
+                break
+            near = choose(scores, units, structure, target, per_layer=ranking == "per_layer")
+            other = removed_parameters(near, units) / whole
+            if other != realised:
+                break
+        nearest = " and ".join(f"{s:.4f}" for s in sorted({realised, other}))
+        raise KoffError(
+            f"structure.sparsity {structure.sparsity}: nothing reachable lies within {TOLERANCE} of it; the nearest"
+            f" are {nearest} (units {structure.units}, round_to {structure.round_to}, widths {structure.widths})"
+        )
+    return Plan(
+        model=model,
+        method=method,
+        ranking=ranking,
+        of=structure.of,
+        target=structure.sparsity,
+        realised=realised,
+        widths=structure.widths,
+        round_to=structure.round_to,
+        parameters={"dense": units.parameters, "slim": units.parameters - removed_parameters(kept, units)},
+        layers=kept,
+    )
+
+
+def choose(scores: Scores, units: Units, structure: Structure, target: float, *, per_layer: bool = False) -> Kept:
+    """The kept indices whose removed parameters come nearest to `target`: KV groups first, the FFN fills.
+
+    The removed parameters differ from target * N by at most half a step, where a step is round_to * c_ffn
+    (widths per_layer) or layers * round_to * c_ffn (uniform).
+    """
+    budget = target * units.denominator(structure.of)
+    kept = all_kept(units)
+    if "kv_groups" in structure.units:
+        _drop_kv_groups(kept, scores, units, structure, budget)
+    if "ffn_neurons" in structure.units:
+        rest = budget - removed_parameters(kept, units)
+        if structure.widths == "uniform" or per_layer:
+            _fill_uniform(kept, scores, units, structure, rest)
+        else:
+            _fill_global(kept, scores, units, structure, rest)
+    return kept
+
+
+def _drop_kv_groups(kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float) -> None:
+    """Removes the KV groups that fall under the budget when all units stand in one ranking."""
+    entries = [
+        (float(value), kind, i, j)
+        for kind in structure.units
+        for i, layer in enumerate(scores[kind])
+        for j, value in enumerate(layer.tolist())
+    ]
+    entries.sort(key=lambda e: e[0])
+    lost: list[list[int]] = [[] for _ in units.layers]
+    alone = structure.units == ["kv_groups"]
+    spent = 0.0
+    for _, kind, i, j in entries:
+        cost = units.layers[i].cost(kind)
+        if kind == "kv_groups" and len(lost[i]) >= units.layers[i].kv_groups - 1:
+            continue
+        if spent + cost * (0.5 if alone else 1.0) > budget:
+            break
+        spent += cost
+        if kind == "kv_groups":
+            lost[i].append(j)
+    if structure.widths == "uniform":
+        count = _uniform_kv_count(sum(map(len, lost)), units)
+        lost = [torch.argsort(s, stable=True)[:count].tolist() for s in scores["kv_groups"]]
+    for layer, gone in zip(kept, lost, strict=True):
+        layer["kv_groups"] = [j for j in layer["kv_groups"] if j not in set(gone)]
+
+
+def _uniform_kv_count(lost: int, units: Units) -> int:
+    """KV groups to remove from every layer: the mean, lowered until stock transformers takes the head count."""
+    first = units.layers[0]
+    count = min(round(lost / len(units.layers)), first.kv_groups - 1)
+    while units.divisor_heads and units.hidden_size % ((first.kv_groups - count) * first.queries):
+        count -= 1
+    return count
+
+
+def _removable(width: int, round_to: int) -> list[int]:
+    """Numbers of neurons that may leave a layer of `width`, ascending: the rest is a multiple of round_to."""
+    return [0] + [width - w for w in range((width - 1) // round_to * round_to, 0, -round_to)]
+
+
+def _fill_uniform(kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float) -> None:
+    """Removes the same number of neurons from every layer, the lowest-scored of each."""
+    options = _removable(min(layer.ffn_neurons for layer in units.layers), structure.round_to)
+    cost = sum(layer.ffn_cost for layer in units.layers)
+    count = min(options, key=lambda n: abs(n * cost - budget))
+    for layer, score in zip(kept, scores["ffn_neurons"], strict=True):
+        gone = set(torch.argsort(score, stable=True)[:count].tolist())
+        layer["ffn_neurons"] = [j for j in layer["ffn_neurons"] if j not in gone]
+
+
+def _fill_global(kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float) -> None:
+    """Removes runs of round_to neurons, lowest mean score first, over all layers."""
+    values, costs, owners = [], [], []
+    orders = []
+    for i, (score, layer) in enumerate(zip(scores["ffn_neurons"], units.layers, strict=True)):
+        order = torch.argsort(score, stable=True)
+        orders.append(order)
+        options = _removable(layer.ffn_neurons, structure.round_to)
+        ends = torch.tensor(options)
+        total = torch.cat([score.new_zeros(1, dtype=torch.float64), score[order].double().cumsum(0)])[ends]
+        size = ends[1:] - ends[:-1]
+        # a rounding run keeps its place behind the runs before it in the same layer
+        values.append((total[1:] - total[:-1]).div(size).cummax(0).values)
+        costs.append(size * layer.ffn_cost)
+        owners.append(torch.full_like(size, i))
+    value, cost, owner = torch.cat(values), torch.cat(costs), torch.cat(owners)
+    ranked = torch.argsort(value, stable=True)
+    spent = torch.cat([cost.new_zeros(1), cost[ranked].cumsum(0)])
+    runs = int((spent.double() - budget).abs().argmin())
+    counts = torch.bincount(owner[ranked[:runs]], minlength=len(units.layers)).tolist()
+    for i, layer in enumerate(kept):
+        gone = orders[i][: _removable(units.layers[i].ffn_neurons, structure.round_to)[counts[i]]]
+        stays = torch.ones(units.layers[i].ffn_neurons, dtype=torch.bool)
+        stays[gone] = False
+        layer["ffn_neurons"] = stays.nonzero()[:, 0].tolist()

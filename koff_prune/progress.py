@@ -1,0 +1,65 @@
+"""Progress on the terminal: a bar where there is one, a line now and then where there is not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+_EVERY = 30.0  # seconds between lines without a terminal
+
+
+class Bar:
+    """One stage's progress in tokens (or any unit of work)."""
+
+    def __init__(self, label: str, total: int, progress: Progress | None) -> None:
+        self.label, self.total, self.progress = label, total, progress
+        self.done, self.begun, self.printed = 0, time.monotonic(), time.monotonic()
+        self.first = 0
+        self.task = progress.add_task(label, total=total, note="") if progress else None
+
+    def start_at(self, done: int) -> None:
+        """Work that an earlier run has done already; it counts, but not as speed."""
+        self.first = self.done = done
+        self._show("")
+
+    @property
+    def rate(self) -> float:
+        """Units of work per second since the start."""
+        return (self.done - self.first) / max(time.monotonic() - self.begun, 1e-9)
+
+    def __call__(self, amount: int, note: str = "") -> None:
+        """Counts `amount` more units; `note` is shown beside the bar."""
+        self.done += amount
+        self._show(note)
+
+    def _show(self, note: str) -> None:
+        note = f"{self.rate:,.0f} tokens/s {note}".rstrip() if self.done > self.first else note
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=self.done, note=note)
+        elif time.monotonic() - self.printed > _EVERY:
+            self.printed = time.monotonic()
+            left = (self.total - self.done) / max(self.rate, 1e-9)
+            console.print(f"{self.label}: {self.done / max(self.total, 1):.0%}, {note}, {left / 60:.1f} min left")
+
+
+@contextmanager
+def bar(label: str, total: int) -> Iterator[Bar]:
+    """A progress bar for work of `total` tokens; on stderr, so that results can be piped."""
+    if not console.is_terminal:
+        console.print(f"{label} …")
+        yield Bar(label, total, None)
+        return
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        yield Bar(label, total, progress)
+
+
+def say(text: str) -> None:
+    """One line for the user, on stderr."""
+    console.print(text, highlight=False)

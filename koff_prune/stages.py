@@ -1,0 +1,324 @@
+"""The stages of a run: learn, plan, cut. Each reads files, writes files, and can be run again at any time.
+
+A row of the comparison takes the same stages in a folder of its own; a baseline differs from koff in how its plan is
+made and in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from koff_export.files import staged_dir
+
+from koff_prune.compensate import Compensation
+from koff_prune.cut import copy_tokenizer, cut, load_backbone, save_backbone, slice_memory
+from koff_prune.evaluate import window_losses
+from koff_prune.gates import Gates
+from koff_prune.learn import Phase, steps_of, train, whole_checkpoints
+from koff_prune.memory import Memories, load_memory, save_memory
+from koff_prune.plan import Plan, Scores, choose, make_plan
+from koff_prune.progress import bar, say
+from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind
+from koff_prune.run import load_tensors, save_tensors
+from koff_prune.scores import score_units
+
+if TYPE_CHECKING:
+    from koff_prune.run import Run
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way from the dense model to a trained, evaluated model.
+
+    Attributes:
+        method: dense, koff or a baseline.
+        ranking: Of a baseline's scores; None for koff and dense.
+        gates: koff's form.
+        gates_rate: koff's gate learning rate.
+        learned_with: The memory that koff's mask is learned with.
+        trained_with: The memory trained on the fixed plan.
+        compensate: none or least_squares.
+    """
+
+    method: str
+    ranking: str | None = None
+    gates: str | None = None
+    gates_rate: float = 0.0
+    learned_with: MemoryKind | None = None
+    trained_with: MemoryKind = "none"
+    compensate: str = "none"
+
+    @property
+    def slug(self) -> str:
+        """Folder name of this arm."""
+        parts = [self.method, self.ranking, self.gates, f"rate{self.gates_rate:g}" if self.gates else None]
+        parts += [f"learned-{self.learned_with}" if self.learned_with else None, f"trained-{self.trained_with}"]
+        return "_".join(p for p in [*parts, self.compensate] if p)
+
+
+def main_arm(run: Run) -> Arm:
+    """The recipe's own koff."""
+    recipe = run.recipe
+    kind = recipe.memory.kind
+    return Arm("koff", None, recipe.learn.gates.form, recipe.learn.gates.learning_rate, kind, kind,
+               recipe.cut.compensate)  # fmt: skip
+
+
+def arm_of(row: CompareRow, run: Run) -> Arm:
+    """What a row of `compare` asks for, the recipe filling the gaps."""
+    recipe = run.recipe
+    trained: Any = recipe.memory.kind if row.trained_with == "same" else row.trained_with
+    if row.method == "dense":
+        return Arm("dense", trained_with=trained)
+    compensate = row.compensate or recipe.cut.compensate
+    if row.method == "koff":
+        gates = recipe.learn.gates
+        rate = gates.learning_rate if row.gates_learning_rate is None else row.gates_learning_rate
+        learned = recipe.memory.kind if row.learned_with is None else row.learned_with
+        return Arm("koff", None, row.gates_form or gates.form, rate, learned, trained, compensate)
+    ranking = row.ranking or "global"
+    if ranking == "better":
+        ranking = better_ranking(run, row.method, compensate)
+    return Arm(row.method, ranking, trained_with=trained, compensate=compensate)
+
+
+def compensation(run: Run, arm: Arm) -> Compensation | None:
+    """The closed-form solve of an arm, or None."""
+    if arm.compensate == "none":
+        return None
+    return Compensation(run.statistics.second, run.recipe.cut.ridge, run.units)
+
+
+def baseline_scores(run: Run, method: str) -> Scores:
+    """Scores of the dense model's units."""
+    needed = method not in ("magnitude", "random")
+    statistics = run.statistics if needed else None
+    return score_units(method, run.dense.model, run.units, run.recipe.structure, statistics, run.recipe.seed)
+
+
+def better_ranking(run: Run, method: str, compensate: str) -> str:
+    """global or per_layer: the one whose bare loss on the scoring text is lower."""
+    losses = {}
+    for ranking in ("global", "per_layer"):
+        arm = Arm(method, ranking, compensate=compensate)
+        folder = run.folder / "rows" / arm.slug
+        model = _cut_model(run, arm, plan_arm(run, arm, folder))
+        memories = Memories(model, Memory(lora=None, kv=None), {}, 0)
+        losses[ranking] = sum(sum(window_losses(memories, b.scoring, None)) for b in run.domains.values())
+    return min(losses, key=losses.__getitem__)
+
+
+def memories_around(run: Run, model: Any, kind: MemoryKind) -> Memories:
+    """Untrained memories of the named kind for every domain of the recipe."""
+    memory = run.recipe.memory.only(kind)
+    return Memories(model, memory, {name: b.prefill for name, b in run.domains.items()}, run.recipe.seed)
+
+
+def train_windows(run: Run, skip_tokens: int = 0) -> dict[str, torch.Tensor]:
+    """Training windows per domain, beginning after those that `skip_tokens` (over all domains) have used."""
+    learn = run.recipe.learn
+    skip = steps_of(skip_tokens, learn, len(run.domains)) * learn.batch
+    return {name: b.train.roll(-(skip % len(b.train)), 0) for name, b in run.domains.items()}
+
+
+def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
+    """Joint training: writes gates.safetensors and learned/<domain>/ (around the dense model)."""
+    if (folder / "gates.safetensors").exists():
+        return
+    recipe = run.recipe
+    gates_section = recipe.learn.gates.model_copy(update={"form": arm.gates, "learning_rate": arm.gates_rate})
+    learn = recipe.learn.model_copy(update={"gates": gates_section})
+    start = None if gates_section.start == "constant" else baseline_scores(run, gates_section.start)
+    gates = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed)
+    memories = memories_around(run, run.fresh(), arm.learned_with or "none")
+    share = _joint_share(learn)
+    log = train_logged(
+        run, memories, train_windows(run), learn, Phase(learn.tokens, 0.0, share), folder, "learning",
+        gates=gates, compensation=compensation(run, arm),
+    )  # fmt: skip
+    if start is not None:
+        before = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed)
+        say(f"learning moved the mask: {overlap(before, gates):.1%} of the removed units were the start's choice")
+    if memories.memory.kind != "none":
+        with staged_dir(folder / "learned") as aside:
+            for name in memories.domains:
+                save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
+    tensors = {"alpha": gates.alpha.detach(), "start": torch.empty(0)}
+    if start is not None:
+        tensors["start"] = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed).alpha.detach()
+    del log
+    save_tensors(tensors, folder / "gates.safetensors")
+
+
+def _joint_share(learn: Learn) -> float:
+    """Share of all training tokens that the joint phase takes."""
+    return learn.tokens / max(1, learn.tokens + learn.settle_tokens)
+
+
+def overlap(a: Gates, b: Gates) -> float:
+    """Share of the units removed under b that are removed under a too."""
+    gone_a, gone_b = ~a.mask(a.kept()), ~b.mask(b.kept())
+    return float((gone_a & gone_b).sum() / gone_b.sum().clamp_min(1))
+
+
+def load_gates(run: Run, arm: Arm, folder: Path, which: str = "alpha") -> Gates:
+    """The gates that `learn_arm` left: `alpha` as learned, or `start` as they began."""
+    gates = Gates(run.units, run.recipe.structure, str(arm.gates), None, run.recipe.seed)
+    with torch.no_grad():
+        gates.alpha.copy_(load_tensors(folder / "gates.safetensors")[which])
+    return gates
+
+
+def plan_arm(run: Run, arm: Arm, folder: Path) -> Plan:
+    """Gates or a baseline's scores to plan.json."""
+    path = folder / "plan.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        structure = run.recipe.structure
+        ranking = arm.ranking or ("per_layer" if structure.widths == "uniform" else "global")
+        if arm.method == "koff":
+            scores = load_gates(run, arm, folder).scores()
+        else:
+            scores = baseline_scores(run, arm.method)
+        plan = make_plan(
+            scores, run.units, structure, model=run.model_identity, method=arm.method, ranking=ranking
+        )
+        plan.save(path)
+    plan = Plan.load(path)
+    plan.check_fits(run.units)
+    return plan
+
+
+def _cut_model(run: Run, arm: Arm, plan: Plan | None) -> Any:
+    model = run.fresh()
+    return model if plan is None else cut(model, plan, compensation(run, arm))
+
+
+def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) -> Memories:
+    """Cuts the dense model, slices the memories, settles them, and saves them as memories/<domain>/.
+
+    Args:
+        run: The run.
+        arm: Which way.
+        folder: Of the arm.
+        keep_backbone: Write backbone/ too.
+
+    Returns:
+        The backbone with the arm's trained memories, none active.
+    """
+    recipe, learn = run.recipe, run.recipe.learn
+    plan = None if arm.method == "dense" else plan_arm(run, arm, folder)
+    backbone = folder / "backbone"
+    if keep_backbone and not (backbone / "model.safetensors").exists():
+        model = _cut_model(run, arm, plan)
+        with staged_dir(backbone) as aside:
+            save_backbone(model, aside)
+            copy_tokenizer(run.dense.tokenizer, aside)
+    model = load_backbone(backbone) if keep_backbone else _cut_model(run, arm, plan)
+    memories = memories_around(run, model, arm.trained_with)
+    if arm.trained_with == "none":
+        return memories
+    done = folder / "memories"
+    if not done.exists():
+        if arm.method == "koff" and arm.learned_with == arm.trained_with and plan is not None:
+            for name in memories.domains:
+                learned = load_memory(folder / "learned" / name)
+                memories.load(name, slice_memory(learned, plan, run.units))
+            phase, skip, label = Phase(learn.settle_tokens, _joint_share(learn), 1.0), learn.tokens, "settling"
+        else:
+            phase, skip, label = Phase(learn.tokens + learn.settle_tokens, 0.0, 1.0), 0, "training memories"
+        train_logged(run, memories, train_windows(run, skip), learn, phase, folder, label)
+        with staged_dir(done) as aside:
+            for name in memories.domains:
+                save_memory(aside / name, memories.tensors(name), memories.memory, recipe_source(run))
+    for name in memories.domains:
+        memories.load(name, load_memory(done / name))
+    return memories
+
+
+def recipe_source(run: Run) -> str:
+    """What PEFT's adapter_config.json names as the base: the backbone beside it."""
+    return str(run.dense.source)
+
+
+def train_logged(
+    run: Run,
+    memories: Memories,
+    windows: Mapping[str, torch.Tensor],
+    learn: Learn,
+    phase: Phase,
+    folder: Path,
+    label: str,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`learn.train` with a progress bar, a log (log.json in the arm's folder) and its seconds."""
+    from koff_export.files import read_json, write_json
+
+    place = folder / "checkpoints" / label.replace(" ", "-")
+    steps = steps_of(phase.tokens, learn, len(windows))
+    step_tokens = learn.window * learn.batch * len(windows)
+    log_path = place / "log.json"
+    log: list[dict[str, Any]] = read_json(log_path) if log_path.exists() else []
+    done = whole_checkpoints(place)
+    begun = int(done[-1].name.rpartition("-")[2]) if done else 0
+    log = [entry for entry in log if entry["step"] <= begun]
+    structure = run.recipe.structure
+    with bar(label, steps * step_tokens) as progress, run.timed(label, folder):
+        progress.start_at(begun * step_tokens)
+
+        def report(step: int, loss: float, sparsity: float | None) -> None:
+            note = f"loss {loss:.3f}" + (f" sparsity {sparsity:.3f}" if sparsity is not None else "")
+            progress(step_tokens, note)
+            log.append({"phase": label, "step": step, "loss": round(loss, 5), "sparsity": sparsity,
+                        "tokens_per_second": round(progress.rate, 1)})  # fmt: skip
+            if step % learn.checkpoint_steps == 0 or step == steps:
+                place.mkdir(parents=True, exist_ok=True)
+                write_json(log_path, log)
+
+        train(
+            memories, windows, learn, phase, place, sparsity=structure.sparsity, seed=run.recipe.seed,
+            report=report, **options,
+        )  # fmt: skip
+    return log
+
+
+def losses_of(run: Run, arm: Arm, folder: Path, attached: bool, *, main: bool = False) -> dict[str, list[float]]:
+    """Held-out nats per token, per domain and window, with the arm's memories attached or off; kept on disk."""
+    from koff_export.files import read_json, write_json
+
+    path = folder / ("losses.json" if attached else "losses-off.json")
+    if not path.exists():
+        memories = cut_arm(run, arm, folder, keep_backbone=main)
+        total = sum(b.heldout.numel() for b in run.domains.values())
+        result = {}
+        with bar(f"evaluating {arm.method}", total) as progress, run.timed("evaluating", folder):
+            for name, blocks in run.domains.items():
+                result[name] = window_losses(memories, blocks.heldout, name if attached else None, progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    found: dict[str, list[float]] = read_json(path)
+    return found
+
+
+def dry_plan(recipe: Any) -> dict[str, Any]:
+    """Units, widths and needs, from the model's config alone."""
+    from koff_prune.models import check_architecture, open_config
+    from koff_prune.units import units_of_config
+
+    config = open_config(recipe.model)
+    check_architecture(config)
+    units = units_of_config(config)
+    flat: Scores = {k: [torch.arange(layer.count(k)).float() / layer.count(k) for layer in units.layers]
+                    for k in ("ffn_neurons", "kv_groups")}  # fmt: skip
+    plan = make_plan(
+        flat, units, recipe.structure, model={"source": "", "revision": None, "config_sha256": ""},
+        method="even", ranking="per_layer" if recipe.structure.widths == "uniform" else "global",
+    )  # fmt: skip
+    return {"units": units, "plan": plan, "config": config}
+
+
+__all__ = ["Arm", "arm_of", "choose", "cut_arm", "dry_plan", "learn_arm", "losses_of", "main_arm", "plan_arm", "replace"]

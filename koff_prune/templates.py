@@ -1,0 +1,104 @@
+"""The small template language of `text`, `key` and `where` in a recipe's sources.
+
+`{doc.problem}` goes down into mappings, `{doc.choices[doc.gold]}` indexes by another field (or by a number),
+`{doc.full_text|literal}` first parses a Python literal. Lists and mappings give the texts that they hold, a
+line each; what is missing or null gives nothing. `{{` and `}}` are braces.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_PATH = re.compile(r"[^.\[\]|\s]+(?:\.[^.\[\]|\s]+|\[[^\[\]|]+\])*")
+_STEP = re.compile(r"\[([^\[\]]+)\]|([^.\[\]]+)")
+_LITERAL_CHARS = 4 << 20  # longest Python literal that is parsed
+
+
+def render(template: str, record: Mapping[str, Any]) -> str:
+    """Fills a template from a record.
+
+    Raises:
+        ValueError: The template is malformed, or a `|literal` field holds no Python literal.
+    """
+    out = []
+    for text, path, literal in parse(template):
+        if not path:
+            out.append(text)
+            continue
+        value = lookup(record, path)
+        out.append("\n".join(_strings(_literal(value, path) if literal else value)))
+    return "".join(out)
+
+
+@functools.lru_cache(maxsize=256)
+def parse(template: str) -> tuple[tuple[str, str, bool], ...]:
+    """The parts of a template: (plain text, "", False) or ("", path, whether it is a literal).
+
+    Raises:
+        ValueError: A brace without its partner, or a field that is not a path.
+    """
+    parts: list[tuple[str, str, bool]] = []
+    position = 0
+    for match in _PART.finditer(template):
+        parts.append((template[position : match.start()], "", False))
+        position = match.end()
+        if match[0] in ("{{", "}}"):
+            parts.append((match[0][0], "", False))
+        elif match[1] is None:
+            raise ValueError(
+                f"template '{template}' has a lone '{match[0]}'; write it twice to mean the brace itself"
+            )
+        else:
+            path, _, name = match[1].partition("|")
+            if not _PATH.fullmatch(path) or name not in ("", "literal"):
+                raise ValueError(
+                    f"template '{template}': '{match[0]}' is no field; "
+                    "write {a.b}, {a[index]} or {a|literal}"
+                )
+            parts.append(("", path, name == "literal"))
+    parts.append((template[position:], "", False))
+    return tuple(part for part in parts if part != ("", "", False))
+
+
+def lookup(record: Mapping[str, Any], path: str) -> Any:
+    """The value at a path such as `doc.choices[doc.gold]`, or None where the path ends early."""
+    value: Any = record
+    for index, name in _STEP.findall(path):
+        step: Any = name
+        if index:
+            step = int(index) if re.fullmatch(r"-?\d+", index) else lookup(record, index)
+        if isinstance(value, Mapping):
+            value = value.get(step if step in value else str(step))
+        elif isinstance(value, list | tuple) and re.fullmatch(r"-?\d+", str(step)):
+            value = value[int(step)] if -len(value) <= int(step) < len(value) else None
+        else:
+            return None
+    return value
+
+
+def _literal(value: Any, path: str) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value
+    if len(value) > _LITERAL_CHARS:
+        raise ValueError(
+            f"field '{path}' is longer than the {_LITERAL_CHARS} characters that |literal parses"
+        )
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"field '{path}' holds no Python literal; drop |literal") from error
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text in a value, in order; numbers as they are written."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        items = sorted(value, key=str) if isinstance(value, set) else value
+        return [text for item in items for text in _strings(item) if text]
+    return [] if value is None else [str(value)]

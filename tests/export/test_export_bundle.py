@@ -1,0 +1,243 @@
+"""Damaged and hostile bundles, the manifest, and a package that needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from export_helpers import Exported, random_kv, random_lora
+from koff_export.bundle import check_files, open_manifest, write_manifest
+from koff_export.errors import KoffError
+from koff_export.runtime import Runtime
+
+EXPORT = str(Path(__file__).parents[2] / "export")
+
+
+def edit(folder: Path, **changes: object) -> None:
+    manifest = json.loads((folder / "koff.json").read_text())
+    for key, value in changes.items():
+        target, *path = [manifest, *key.split("__")]
+        for part in path[:-1]:
+            target = target[part]
+        target[path[-1]] = value
+    (folder / "koff.json").write_text(json.dumps(manifest))
+
+
+def test_a_good_bundle_passes_and_unknown_keys_are_ignored(exported: Exported) -> None:
+    manifest = open_manifest(exported.folder)
+    check_files(exported.folder, manifest)
+    assert manifest.domains["law"].kv_tokens == 7 and manifest.graph and manifest.graph.kv_heads == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "update this program"),
+        ({"format": "1"}, "'format'"),
+        ({"window": -1}, "'window'"),
+        ({"eos": ["2"]}, "'eos'"),
+        ({"domains": []}, "'domains'"),
+        ({"domains": {"../x": {}}}, "no name for a domain"),
+        ({"graph__kv_heads": [2]}, "'kv_heads'"),
+        ({"graph__layers": 10**30}, "'layers'"),
+        ({"files": {"a": {"size": 1}}}, "'sha256'"),
+    ],
+)
+def test_wrong_manifests_are_refused(copy: Path, changes: dict[str, object], message: str) -> None:
+    edit(copy, **changes)
+    with pytest.raises(KoffError, match=message):
+        open_manifest(copy)
+
+
+def test_no_bundle_and_no_json(tmp_path: Path, copy: Path) -> None:
+    with pytest.raises(KoffError, match="not a bundle"):
+        open_manifest(tmp_path / "nowhere")
+    (copy / "koff.json").write_text("{")
+    with pytest.raises(KoffError, match="not valid JSON"):
+        open_manifest(copy)
+
+
+def test_damaged_files_are_refused(copy: Path) -> None:
+    data = copy / "onnx/model.onnx.data"
+    good = data.read_bytes()
+    for content, message in ((good[:-1], "truncated"), (b"\x01" + good[1:], "another sha256")):
+        data.write_bytes(content)
+        with pytest.raises(KoffError, match=message):
+            Runtime.open(copy)
+        with pytest.raises(KoffError, match=r"bytes instead of|another sha256"):
+            check_files(copy, open_manifest(copy))
+    data.unlink()
+    with pytest.raises(KoffError, match="missing"):
+        Runtime.open(copy)
+
+
+def test_paths_out_of_the_bundle_are_refused(copy: Path, tmp_path: Path) -> None:
+    files = json.loads((copy / "koff.json").read_text())["files"]
+    (tmp_path / "outside.json").write_text("{}")
+    for name in ("../outside.json", str(tmp_path / "outside.json")):
+        edit(copy, files={**files, name: {"sha256": "0", "size": 2}})
+        with pytest.raises(KoffError, match="leads out of"):
+            check_files(copy, open_manifest(copy))
+    edit(copy, files=files)
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(KoffError, match="leads out of"):
+        check_files(copy, open_manifest(copy))
+
+
+def test_files_that_could_run_code_are_refused_anywhere(copy: Path) -> None:
+    for name in ("pytorch_model.bin", "memories/law/adapter_model.pt", "modeling.py", "onnx/memories/lib.so"):
+        path = copy / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        with pytest.raises(KoffError, match="could run code"):
+            check_files(copy, open_manifest(copy))
+        path.unlink()
+    (copy / "added_tokens.json").write_text("{}")
+    with pytest.raises(KoffError, match="does not list"):
+        check_files(copy, open_manifest(copy))
+
+
+def test_shapes_that_lie_are_refused(copy: Path) -> None:
+    edit(copy, graph__head_dim=16)
+    with pytest.raises(KoffError, match="not as koff"):
+        Runtime.open(copy)
+
+
+def test_a_memory_can_be_dropped_in_and_a_foreign_one_is_refused(exported: Exported, copy: Path) -> None:
+    from koff_export.onnx import write_adapter
+
+    runtime = Runtime.open(copy, threads=1)
+    lora, kv = random_lora(exported.model, 2, 9), random_kv(exported.model, 3, 9)
+    write_adapter(copy / "onnx/memories/late.onnx_adapter", lora, kv)
+    assert runtime.memories == ["law", "math", "music", "late"]
+    assert list(runtime.generate_tokens([1, 5], "late", 3))
+    a, b, scale = lora["model.layers.0.mlp.up_proj"]
+    foreign = {
+        "wide": ({"model.layers.0.mlp.up_proj": (a, b[:-1], scale)}, None),
+        "alien": ({"model.layers.7.mlp.up_proj": (a, b, scale)}, None),
+        "torn": ({"model.layers.0.mlp.up_proj": (a[:1], b, scale)}, None),
+        "short": ({}, [kv[0], tuple(t[:, :1] for t in kv[1])]),
+    }
+    for name, memory in foreign.items():
+        write_adapter(copy / f"onnx/memories/{name}.onnx_adapter", *memory)  # type: ignore[arg-type]
+        with pytest.raises(KoffError, match="belongs to another backbone"):
+            runtime.memory(name)
+    write_adapter(copy / "onnx/memories/half.onnx_adapter", {}, kv[:1])
+    with pytest.raises(KoffError, match="incomplete"):
+        runtime.memory("half")
+    (copy / "onnx/memories/junk.onnx_adapter").write_bytes(b"\x80\x04junk" * 50)
+    with pytest.raises(KoffError, match="cannot read the memory"):
+        runtime.memory("junk")
+    (copy / "onnx/memories/law.onnx_adapter").write_bytes(
+        (copy / "onnx/memories/late.onnx_adapter").read_bytes()
+    )
+    with pytest.raises(KoffError, match="fetch it again"):
+        runtime.memory("law")
+
+
+def test_a_chat_template_cannot_reach_python(copy: Path) -> None:
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    for source in (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ):
+        (copy / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": source}))
+        write_manifest(copy, json.loads((copy / "koff.json").read_text()))
+        template = Runtime.open(copy, threads=1).chat_template()
+        with pytest.raises(KoffError, match="template failed"):
+            template.render([{"role": "user", "content": "x"}])
+
+
+BLOCKER = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "onnx", "peft"}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+sys.path.insert(0, sys.argv.pop(1))
+"""
+
+
+def run(code: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BLOCKER + code, EXPORT, *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+
+
+def koff_run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return run("from koff_export.cli import main; sys.exit(main())", *args, stdin=stdin)
+
+
+def test_everything_but_the_export_imports_without_torch(exported: Exported) -> None:
+    code = (
+        "import koff_export, koff_export.cli\n"
+        "assert not {'numpy', 'onnxruntime', 'tokenizers', 'jinja2'} & set(sys.modules), 'not lazy'\n"
+        "import koff_export.bundle, koff_export.files, koff_export.text, koff_export.graph\n"
+        "r = koff_export.Runtime.open(sys.argv[1], threads=1)\n"
+        "print(list(r.generate_tokens([1, 5], 'law', 3)))\n"
+        "print(r.chat_template().render([{'role': 'user', 'content': 'x'}]))"
+    )
+    done = run(code, str(exported.folder))
+    assert done.returncode == 0 and "[user]x[assistant]" in done.stdout, done.stderr
+
+
+def test_koff_run_answers_and_switches_memories(exported: Exported) -> None:
+    folder, few = str(exported.folder), ("--max-new-tokens", "6", "--threads", "1")
+    alone = {
+        name: "".join(Runtime.open(folder).generate("hi", None if name == "none" else name, 6))
+        for name in ("law", "music", "none")
+    }
+    done = koff_run(folder, "--memory", "law", "--prompt", "hi", *few)
+    assert (done.returncode, done.stdout) == (0, alone["law"] + "\n"), done.stderr
+    done = koff_run(folder, *few, stdin="/memory law\nhi\n/memory music\nhi\n/memory none\nhi\n")
+    assert done.stdout == "".join(alone[name] + "\n" for name in ("law", "music", "none")), done.stderr
+    assert koff_run(folder, "--chat", "--prompt", "hi", *few).returncode == 0
+
+
+def test_koff_run_scores(exported: Exported, tmp_path: Path) -> None:
+    import math
+
+    windows = [[1, 20, 30, 40], [1, 50, 60]]
+    (tmp_path / "w.jsonl").write_text("".join(json.dumps({"tokens": w}) + "\n" for w in windows))
+    (tmp_path / "t.txt").write_text("some plain text, longer than a window")
+    runtime = Runtime.open(exported.folder, threads=1)
+    nll, tokens = runtime.score(windows, "law")
+    done = koff_run(str(exported.folder), "--memory", "law", "--score", str(tmp_path / "w.jsonl"), "--json")
+    row = json.loads(done.stdout)
+    assert row["tokens"] == tokens == 5 and row["perplexity"] == pytest.approx(math.exp(nll / 5), rel=1e-4)
+    done = koff_run(str(exported.folder), "--score", str(tmp_path / "t.txt"))
+    assert done.returncode == 0 and "over 37 tokens in 3 windows" in done.stdout, done.stdout + done.stderr
+
+
+def test_koff_run_tells_mistakes_in_one_line(exported: Exported, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"tokens": [1, 2]}\n{"token": [1]}\n')
+    folder = str(exported.folder)
+    for args, message in (
+        ((folder, "--memory", "latin", "--prompt", "x"), "it has: law, math, music"),
+        ((str(tmp_path), "--prompt", "x"), "is not a bundle"),
+        ((folder, "--score", str(tmp_path / "bad.jsonl")), "line 2"),
+        ((folder, "--score", str(tmp_path / "absent")), "cannot read"),
+        ((folder, "--prompt", "x", "--top-p", "7"), "top_p"),
+    ):
+        done = koff_run(*args)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_two_wheels_in_one_environment_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlib import metadata
+
+    from koff_export.cli import main
+
+    monkeypatch.setattr(metadata, "distribution", lambda name: None)
+    assert main(["bundle", "--prompt", "x"]) == 2
+    assert "both installed" in capsys.readouterr().err

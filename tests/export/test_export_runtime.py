@@ -1,0 +1,161 @@
+"""The exported graph and the runtime against torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from export_helpers import BOS, WINDOW, Exported, torch_logits
+from koff_export.errors import KoffError
+from koff_export.runtime import Runtime
+
+
+@pytest.fixture(scope="module")
+def runtime(exported: Exported) -> Runtime:
+    return Runtime.open(exported.folder, threads=1)
+
+
+def ids_of(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 250, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def graph_logits(runtime: Runtime, ids: torch.Tensor, mask: torch.Tensor, memory: str | None) -> np.ndarray:
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+    values = {k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in feeds.items()}
+    for name, value in runtime.empty_cache.items():
+        _, heads, _, dim = value.shape()
+        values[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros((len(ids), heads, 0, dim), np.float32))
+    return runtime.run(values, runtime.run_options(memory))[0].numpy()
+
+
+@pytest.mark.parametrize("memory", [None, "law", "math", "music"])
+def test_logits_equal_torch(runtime: Runtime, exported: Exported, memory: str | None) -> None:
+    lora, kv = exported.memories[memory] if memory else ({}, None)
+    for shape in ((1, 1), (1, 9), (3, 6)):
+        ids = ids_of(*shape)
+        got = graph_logits(runtime, ids, torch.ones_like(ids), memory)
+        assert np.abs(got - torch_logits(exported.model, ids, lora, kv).numpy()).max() < 1e-3
+    ids, mask = ids_of(2, 7, seed=1), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    got = graph_logits(runtime, ids, mask, memory)
+    want = torch_logits(exported.model, ids, lora, kv, mask).numpy()
+    assert np.abs((got - want)[mask.bool().numpy()]).max() < 1e-3
+    alone = torch_logits(exported.model, ids[1:, 3:], lora, kv).numpy()
+    assert np.abs(got[1, 3:] - alone[0]).max() < 1e-3
+
+
+def test_greedy_tokens_equal_torch_while_memories_change(runtime: Runtime, exported: Exported) -> None:
+    prompt = [BOS, *ids_of(5).tolist()]
+    answers = []
+    for memory in ("law", None, "math", "music", "law"):
+        lora, kv = exported.memories[memory] if memory else ({}, None)
+        want = list(prompt)
+        for _ in range(8):
+            logits = torch_logits(exported.model, torch.tensor([want]), lora, kv)
+            want.append(int(logits[0, -1].argmax()))
+        got = list(runtime.generate_tokens(prompt, memory, 8))
+        assert got == want[len(prompt) :]
+        answers.append(tuple(got))
+    assert answers[0] == answers[-1]
+    assert len(set(answers)) > 2
+
+
+def test_swapping_keeps_the_session_and_eviction_is_harmless(runtime: Runtime) -> None:
+    session = runtime._session
+    before = list(runtime.generate_tokens([BOS, 5], "law", 4))
+    runtime.evict("law")
+    assert list(runtime.generate_tokens([BOS, 5], "law", 4)) == before
+    assert runtime._session is session
+
+
+def test_score_equals_torch(runtime: Runtime, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [[BOS, *ids_of(n, seed=n).tolist()] for n in (11, 3)]
+    lora, kv = exported.memories["law"]
+    want = 0.0
+    for window in windows:
+        ids = torch.tensor([window])
+        logits = torch_logits(exported.model, ids, lora, kv)
+        want += float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+    nll, tokens = runtime.score(windows, "law")
+    assert tokens == 14 and abs(nll - want) < 1e-3 * want
+    monkeypatch.setattr("koff_export.runtime._CHUNK", 4)
+    assert runtime.score(windows, "law")[0] == pytest.approx(nll, rel=1e-5)
+    off, _ = runtime.score(windows)
+    assert abs(off - nll) > 0.1
+
+
+def test_windows_begin_with_bos_and_lose_no_token(runtime: Runtime) -> None:
+    text = "The quick brown fox, jumping over lazy dogs."
+    windows = runtime.windows(text)
+    assert all(w[0] == BOS and len(w) <= WINDOW for w in windows) and len(windows[0]) == WINDOW
+    assert [token for w in windows for token in w[1:]] == runtime.encode(text, bos=False)
+    assert runtime.score_text(text)[1] == len(text)
+
+
+def test_text_streams_in_whole_characters(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = " naïve 漢字 🙂!"
+    tokens = runtime.encode(answer, bos=False)
+    monkeypatch.setattr(runtime, "generate_tokens", lambda *a, **k: iter(tokens))
+    pieces = list(runtime.generate("hello"))
+    assert "".join(pieces) == answer and not any("\ufffd" in p for p in pieces)
+    assert "".join(runtime.generate("hello", stop=["字 ", "never"])) == " naïve 漢"
+    monkeypatch.setattr(runtime, "generate_tokens", lambda *a, **k: iter(tokens[:-2]))
+    assert "".join(runtime.generate("hello")).startswith(" naïve 漢字 ")
+
+
+def test_draws_repeat_with_a_seed(runtime: Runtime) -> None:
+    def draw(**kw: float) -> list[int]:
+        return list(runtime.generate_tokens([BOS, 9], None, 6, temperature=5.0, **kw))
+
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    greedy = list(runtime.generate_tokens([BOS, 9], None, 6))
+    assert draw(seed=1, top_k=1) == greedy
+    assert draw(seed=1, top_p=1e-9) == greedy
+
+
+def test_context_is_shared_by_memory_and_text(runtime: Runtime) -> None:
+    prompt = [BOS] * 120
+    assert len(list(runtime.generate_tokens(prompt, None, 50))) == 8
+    assert len(list(runtime.generate_tokens(prompt, "law", 50))) == 1
+    with pytest.raises(KoffError, match="memory of 7"):
+        runtime.generate_tokens([BOS] * 122, "law", 1)
+
+
+def test_mistakes_are_told_in_one_sentence(runtime: Runtime, exported: Exported) -> None:
+    with pytest.raises(KoffError, match="no memory 'latin'; it has: law, math, music"):
+        runtime.generate("x", "latin")
+    with pytest.raises(KoffError, match="no precision 'int3'; it has: fp32"):
+        Runtime.open(exported.folder, "int3")
+    with pytest.raises(KoffError, match="outside of 0…299"):
+        runtime.score([[1, 300]])
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(8, 0.01), (4, 1.0)])
+def test_quantised_graphs_keep_their_slots(
+    exported: Exported, tmp_path: Path, bits: int, limit: float
+) -> None:
+    from koff_export.bundle import write_manifest
+    from koff_export.quantize import quantize
+
+    folder = tmp_path / "bundle"
+    shutil.copytree(exported.folder, folder)
+    quantize(folder / "onnx/model.onnx", folder / f"onnx/model_int{bits}.onnx", bits)
+    manifest = json.loads((folder / "koff.json").read_text())
+    manifest["graph"]["precisions"] = {"int": f"onnx/model_int{bits}.onnx", "fp32": "onnx/model.onnx"}
+    write_manifest(folder, manifest)
+    low, full = Runtime.open(folder, "int", threads=1), Runtime.open(folder, threads=1)
+    ids = ids_of(1, 12)
+    mask = torch.ones_like(ids)
+    for memory in (None, "law"):
+        a = torch.tensor(graph_logits(full, ids, mask, memory)).log_softmax(-1)
+        b = torch.tensor(graph_logits(low, ids, mask, memory)).log_softmax(-1)
+        kl = float((a.exp() * (a - b)).sum(-1).mean())
+        assert 0 < kl < limit, (memory, kl)
+    assert np.abs(graph_logits(low, ids, mask, "law") - graph_logits(low, ids, mask, None)).max() > 0.5

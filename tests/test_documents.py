@@ -1,0 +1,202 @@
+"""Templates and readers: from a source in a recipe to keys and texts."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from text_helpers import jsonl
+
+from koff_export.errors import KoffError
+from koff_prune.documents import documents
+from koff_prune.recipe import TextSource
+from koff_prune.templates import render
+
+
+def read(**source: Any) -> list[tuple[str, str]]:
+    return list(documents(TextSource(**{k: str(v) if isinstance(v, Path) else v for k, v in source.items()})))
+
+
+# templates
+
+
+@pytest.mark.parametrize(
+    ("template", "out"),
+    [
+        ("{a}", "1"),
+        ("{b.c}\n{b.d}", "x\ny"),
+        ("{l[1]}", "q"),
+        ("{l[i]}", "r"),
+        ("{b.l[b.i]}", "n"),
+        ("{none}{b.none}{n}", ""),
+        ("{{a}}", "{a}"),
+        ("{l}", "p\nq\nr"),
+        ("{b.l}", "m\nn"),
+        ("{s|literal}", "one\ntwo\n3"),
+        ("{n|literal}", ""),
+        ("{l[9]}{a.b}{a[0]}", ""),
+        ("{t}", "True"),
+        ("{l[-1]}", "r"),
+        ("{b[c]}{a.__class__}", ""),
+    ],
+)
+def test_templates(template: str, out: str) -> None:
+    record = {
+        "a": 1,
+        "b": {"c": "x", "d": "y", "l": ["m", "n"], "i": 1},
+        "l": ["p", "q", "r"],
+        "i": 2,
+        "n": None,
+        "s": "{'k': ['one', ('two', 3)], 'z': None}",
+        "t": True,
+    }
+    assert render(template, record) == out
+
+
+@pytest.mark.parametrize(
+    "template", ["{a", "a}", "{}", "{a|upper}", "{a b}", "{a..b}", "{a[}", "{a[]}", "{a|literal|literal}"]
+)
+def test_malformed_templates(template: str) -> None:
+    with pytest.raises(ValueError, match="template"):
+        render(template, {"a": 1})
+
+
+@pytest.mark.parametrize("text", ["__import__('os')", "(" * 5000, "[1", "x"])
+def test_literals_are_only_literals(text: str) -> None:
+    with pytest.raises(ValueError, match="no Python literal"):
+        render("{a|literal}", {"a": text})
+
+
+@given(st.text())
+def test_text_without_braces_is_itself(text: str) -> None:
+    escaped = text.replace("{", "{{").replace("}", "}}")
+    assert render(escaped, {}) == text
+    assert render("{a}", {"a": text}) == text
+
+
+# documents
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_rows_of_one_key_are_one_document(tmp_path: Path, name: str) -> None:
+    rows = [
+        {"doc": {"q": f"Q{i}", "c": ["no", "yes"], "gold": 1, "exp": None if i else "E"}, "id": i, "idx": j}
+        for j in (0, 1)
+        for i in range(3)
+    ]
+    path = jsonl(tmp_path / name, rows)
+    found = read(path=path, text="{doc.q} {doc.c[doc.gold]} {doc.exp}", key="{id}")
+    assert found == [("0", "Q0 yes E"), ("1", "Q1 yes"), ("2", "Q2 yes")]
+    assert read(path=path, text="{doc.q}", where={"idx": 1, "doc.gold": 1}) == [
+        (f"Q{i}", f"Q{i}") for i in range(3)
+    ]
+    assert read(path=path, text="{idx}", key="{id}") == [(str(i), "0\n1") for i in range(3)]
+    assert len(read(path=path, text="{id} {idx}", limit=4)) == 4
+
+
+def test_where_tells_numbers_from_booleans(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"t": "a", "f": True}, {"t": "b", "f": False}])
+    assert read(path=path, text="{t}", where={"f": True}) == [("a", "a")]
+    with pytest.raises(KoffError, match="no record gives any text"):
+        read(path=path, text="{t}", where={"f": 1})
+
+
+def test_remove(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "2*3=<<2*3=6>>6"}])
+    assert read(path=path, remove="<<[^>]*>>") == [("2*3=6", "2*3=6")]
+
+
+def test_tables_of_other_kinds(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"text": ["one", "two"], "key": ["a", "b"]})
+    data.to_parquet(tmp_path / "a.parquet")
+    data.to_csv(tmp_path / "a.csv")
+    for name in ("a.parquet", "a.csv"):
+        assert read(path=tmp_path / name, key="{key}") == [("a", "one"), ("b", "two")]
+
+
+def test_folders_and_a_lone_text_file(tmp_path: Path) -> None:
+    for name, text in {
+        "b/x.txt": "X",
+        "a.txt": "\ufeffA ",
+        ".hidden/c.txt": "H",
+        "a.md": "M",
+        "e.txt": " ",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read(path=tmp_path, files="*.txt") == [("a.txt", "A"), ("b/x.txt", "X")]
+    assert [key for key, _ in read(path=tmp_path)] == ["a.md", "a.txt", "b/x.txt"]
+    paragraphs = [f"Paragraph {i}. " + "word " * 100 for i in range(40)]
+    (tmp_path / "a.txt").write_text("\n\n".join(paragraphs))
+    found = read(path=tmp_path / "a.txt")
+    assert [key for key, _ in found] == [f"a.txt#{i}" for i in range(len(found))]
+    assert "".join("".join(t.split()) for _, t in found) == "".join("".join(paragraphs).split())
+    assert len(found) > 5
+
+
+def test_the_standard_library() -> None:
+    found = dict(documents(TextSource(python_stdlib=True)))
+    assert "json/decoder.py" in found
+    assert "class JSONDecoder" in found["json/decoder.py"]
+    assert not [key for key in found if "test" in key.split("/")[:-1] or "site-packages" in key]
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    path = tmp_path / "b.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE verse (chapter TEXT, number INTEGER, text TEXT)")
+        rows = [("1", 1, "a"), ("1", 2, "b"), ("2", 1, "c"), ("1", 3, "a")]
+        connection.executemany("INSERT INTO verse VALUES (?, ?, ?)", rows)
+    connection.close()
+    return path
+
+
+def test_a_query_groups_rows_in_order(database: Path) -> None:
+    found = read(path=database, query="SELECT chapter, text FROM verse ORDER BY chapter, number")
+    assert found == [("1", "a\nb\na"), ("2", "c")]
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("DROP TABLE verse", "not authorized"),
+        ("ATTACH 'x.db' AS x", "not authorized|too many attached"),
+        ("DELETE FROM verse", "not authorized"),
+        ("SELECT text FROM verse", "two columns"),
+        ("SELEC", "syntax error"),
+        ("SELECT 1, 2; DROP TABLE verse", "one statement"),
+        (None, "set `query`"),
+    ],
+)
+def test_a_query_only_reads(database: Path, query: str | None, told: str) -> None:
+    before = database.read_bytes()
+    with pytest.raises(KoffError, match=told):
+        read(path=database, query=query)
+    assert database.read_bytes() == before
+    assert [p.name for p in database.parent.iterdir()] == ["b.db"]
+
+
+def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(KoffError, match="no such file"):
+        read(path=tmp_path / "none")
+    with pytest.raises(KoffError, match="matches"):
+        read(path=tmp_path, files="*.txt")
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(KoffError, match="is empty"):
+        read(path=tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ')
+    with pytest.raises(KoffError, match="cannot be read as json"):
+        read(path=tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(KoffError, match="the fields are body"):
+        read(path=tmp_path / "a.jsonl")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(KoffError, match="not UTF-8"):
+        read(path=tmp_path / "a.txt")
