@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from koff_export.errors import KoffError
 
+from koff_export.errors import KoffError
 from koff_prune.bundling import write_bundle
 from koff_prune.compare import compare as _compare
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 from koff_prune.run import Run
-from koff_prune.stages import cut_arm, dry_plan, learn_arm, main_arm, plan_arm
+from koff_prune.stages import cut_arm, dry_plan, even_plan, learn_arm, main_arm, plan_arm
 
 
 def _open(recipe: Recipe | str | Path, out: str | Path | None, resume: bool) -> Run:
@@ -39,7 +39,7 @@ def plan(
     resume: bool = False,
     dry_run: bool = False,
 ) -> Any:
-    """Gates to plan.json (learning first where needed), or with `dry_run` what would be cut, from config.json alone.
+    """Gates to plan.json (learning first where needed), or with `dry_run` what would be cut.
 
     Returns:
         The Plan; with `dry_run` a mapping of `units`, `plan` and `config`.
@@ -60,7 +60,8 @@ def cut(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: b
 
 
 def _prepare(run: Run) -> None:
-    # the cheap mistakes first: text that is too short is told before anything is trained
+    # the cheap mistakes first: too short a text or a target out of reach is told before anything is trained
+    even_plan(run.units, run.recipe)
     _ = run.domains
 
 
@@ -79,7 +80,9 @@ def export(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume
         return write_bundle(run)
 
 
-def compare(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: bool = False) -> list[dict[str, Any]]:
+def compare(
+    recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: bool = False
+) -> list[dict[str, Any]]:
     """Every row of the report: report.json and report.html (earlier stages first where needed)."""
     with _open(recipe, out, resume) as run:
         _cut(run)

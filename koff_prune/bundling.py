@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from koff_export.bundle import check_files, open_manifest, write_manifest
-from koff_export.errors import KoffError
-from koff_export.files import read_json, staged_dir
 from transformers import PreTrainedModel
 
 import koff_prune
+from koff_export.bundle import check_files, open_manifest, write_manifest
+from koff_export.errors import KoffError
+from koff_export.files import read_json, staged_dir
 from koff_prune.cut import load_backbone
 from koff_prune.memory import Memories, kind_of, load_memory, memory_of_folder
 from koff_prune.plan import Plan
@@ -44,7 +44,9 @@ def write_bundle(run: Run) -> Path:
     """
     target, recipe = run.folder / "bundle", run.recipe
     stamp = {"export": recipe.export.model_dump(mode="json")}
-    if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get("asked") == stamp:
+    if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get(
+        "asked"
+    ) == stamp:
         return target
     plan = Plan.load(run.folder / "plan.json")
     domains = list(recipe.domains) if (run.folder / "memories").exists() else []
@@ -178,7 +180,9 @@ def attach_memory(model: PreTrainedModel, path: str | Path) -> Memories:
     return memories
 
 
-def load_bundle(folder: str | Path, memory: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_bundle(
+    folder: str | Path, memory: str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Opens a bundle as an ordinary causal LM whose `generate` works, with one memory attached.
 
     Args:
@@ -197,7 +201,7 @@ def load_bundle(folder: str | Path, memory: str | None = None, dtype: torch.dtyp
     if memory not in manifest.domains:
         raise KoffError(f"memory '{memory}': not in {folder}; it has {', '.join(manifest.domains) or 'none'}")
     attached = attach_memory(model, folder / "memories" / memory)
-    attached.base.koff_memories = attached  # keeps the KV alive with the model
+    attached.base.__dict__["koff_memories"] = attached  # keeps the KV alive with the model
     return attached.base
 
 
@@ -220,7 +224,9 @@ def verify(folder: str | Path) -> dict[str, Any]:
     units = read_units(model)
     slim = units.parameters
     if slim != plan.parameters["slim"]:
-        raise KoffError(f"{folder}: the backbone has {slim} parameters, plan.json says {plan.parameters['slim']}")
+        raise KoffError(
+            f"{folder}: the backbone has {slim} parameters, plan.json says {plan.parameters['slim']}"
+        )
     for i, (layer, kept) in enumerate(zip(units.layers, plan.layers, strict=True)):
         if (layer.ffn_neurons, layer.kv_groups) != (len(kept["ffn_neurons"]), len(kept["kv_groups"])):
             raise KoffError(f"{folder}: layer {i} of the backbone is not as wide as plan.json says")
@@ -240,7 +246,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
         for name, worst in result["onnx_logits"].items():
             if not worst <= TOLERANCE:
                 raise KoffError(
-                    f"{folder}: with memory {name} ONNX differs from torch by {worst:.2g}, more than {TOLERANCE}"
+                    f"{folder}: with memory {name} ONNX differs from torch by {worst:.2g},"
+                    f" more than {TOLERANCE}"
                 )
     return result
 
@@ -255,7 +262,8 @@ def _card(run: Run, plan: Plan, domains: dict[str, Any]) -> str:
         "| memory | parameters | LoRA rank | KV tokens |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     lines += [
-        f"| {name} | {d['parameters']:,} | {d['lora_rank']} | {d['kv_tokens']} |" for name, d in domains.items()
+        f"| {name} | {d['parameters']:,} | {d['lora_rank']} | {d['kv_tokens']} |"
+        for name, d in domains.items()
     ]
     from koff_prune.evaluate import perplexities
 
@@ -268,5 +276,6 @@ def _card(run: Run, plan: Plan, domains: dict[str, Any]) -> str:
             values = perplexities(losses)
             lines.append(f"| {label} | " + " | ".join(f"{v:.2f}" for v in values.values()) + " |")
     lines += ["", "```python", "from koff_prune import load_bundle",
-              f'model = load_bundle("this folder", memory={next(iter(domains), None)!r})', "```", ""]  # fmt: skip
+              f'model = load_bundle("this folder", memory={next(iter(domains), None)!r})',
+              "```", ""]  # fmt: skip
     return "\n".join(lines)

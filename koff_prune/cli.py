@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from koff_export.errors import KoffError
 
 app = typer.Typer(
@@ -19,6 +23,8 @@ app = typer.Typer(
     help="Knowledge offloading for language models: a recipe in, a compact backbone with memories out.",
 )
 
+OUT_OF_MEMORY = "out of memory; lower learn.window or learn.batch, or set learn.gradient_checkpointing: true"
+
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory [default: runs/<recipe's name>].")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run of the same recipe.")]
@@ -26,19 +32,25 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor cores for torch.")]
 
 
-def _stage(name: str, recipe: Path, out: Path | None, resume: bool, overrides: list[str] | None, threads: int | None) -> Any:
+def _stage(
+    name: str, recipe: Path, out: Path | None, resume: bool, overrides: list[str] | None, threads: int | None
+) -> Any:
     from koff_prune.reading import load_recipe
 
     checked = load_recipe(recipe, overrides)  # the recipe's mistakes are told before torch is imported
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    _quiet()
     from koff_prune import api
 
     api.set_threads(threads)
-    return getattr(api, name)(checked, out or Path("runs") / recipe.stem, resume=resume)
+    try:
+        return getattr(api, name)(checked, out or Path("runs") / recipe.stem, resume=resume)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command with --resume to continue", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except RuntimeError as error:  # torch's allocator on the CPU, and torch.OutOfMemoryError on a GPU
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise KoffError(OUT_OF_MEMORY) from error
 
 
 @app.command()
@@ -66,7 +78,9 @@ def plan(
     resume: Resume = False,
     set_: Set = None,
     threads: Threads = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print units, widths and needs; fetch nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print units, widths and needs; fetch nothing.")
+    ] = False,
 ) -> None:
     """Choose what stays: plan.json."""
     if dry_run:
@@ -115,16 +129,24 @@ def schema() -> None:
 @app.command()
 def verify(bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]) -> None:
     """Re-check a bundle: files, shapes, sparsity, and torch against ONNX Runtime."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _quiet()
     from koff_prune.bundling import verify as check
 
     print(json.dumps(check(bundle), indent=2))
 
 
+def _quiet() -> None:
+    """The libraries' own notices are for their developers; ours are one sentence each."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
 def _print_table(folder: Path) -> None:
-    from koff_export.files import read_json
     from rich.console import Console
 
+    from koff_export.files import read_json
     from koff_prune.report import render_table
 
     report = read_json(folder / "report.json")
@@ -136,6 +158,7 @@ def _print_table(folder: Path) -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, an interruption 130."""
+    signal.signal(signal.SIGTERM, _interrupt)  # what a scheduler sends
     try:
         app(standalone_mode=True)
     except KoffError as error:
@@ -143,9 +166,9 @@ def main() -> None:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except MemoryError:
-        print("error: out of memory; lower learn.window or learn.batch, or set learn.gradient_checkpointing: true",
-              file=sys.stderr)  # fmt: skip
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command with --resume to continue", file=sys.stderr)
-        sys.exit(130)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

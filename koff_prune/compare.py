@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from koff_export.files import read_json
-
 from koff_prune.evaluate import perplexities
 from koff_prune.learn import steps_of
 from koff_prune.memory import kind_of, load_memory
 from koff_prune.report import render_table, write_report
 from koff_prune.run import versions
 from koff_prune.stages import (
-    Arm, arm_of, learn_arm, load_gates, losses_of, main_arm, overlap, plan_arm,
+    Arm,
+    arm_of,
+    learn_arm,
+    load_gates,
+    losses_of,
+    main_arm,
+    overlap,
+    plan_arm,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -25,7 +31,8 @@ def compare(run: Run) -> list[dict[str, Any]]:
     """Finishes every row that is not finished yet and writes report.json and report.html.
 
     Returns:
-        The rows, in the order of the report: dense, koff, koff with its memories off, then what `compare` asks for.
+        The rows, in the order of the report: dense, koff, koff with its memories off, then what `compare`
+        asks for.
     """
     rows = [
         _row(run, Arm("dense"), _place(run, Arm("dense")), attached=False),
@@ -60,7 +67,10 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
     step_tokens = recipe.learn.window * recipe.learn.batch * len(run.domains)
     learned = steps_of(recipe.learn.tokens, recipe.learn, len(run.domains)) * step_tokens
     settled = steps_of(recipe.learn.settle_tokens, recipe.learn, len(run.domains)) * step_tokens
-    alone = steps_of(recipe.learn.tokens + recipe.learn.settle_tokens, recipe.learn, len(run.domains)) * step_tokens
+    alone = (
+        steps_of(recipe.learn.tokens + recipe.learn.settle_tokens, recipe.learn, len(run.domains))
+        * step_tokens
+    )
     joint = arm.method == "koff" and arm.learned_with == arm.trained_with
     size = 0
     kind = "none"
@@ -100,8 +110,16 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
         "nll": losses,
         "documents": {name: b.heldout_documents for name, b in run.domains.items()},
     }  # fmt: skip
-    if arm.gates and arm.gates_rate != recipe.learn.gates.learning_rate:
-        row["note"] = "gates not learned" if arm.gates_rate == 0 else f"gate learning rate {arm.gates_rate:g}"
+    if arm.gates:
+        said = []
+        if arm.gates_start != recipe.learn.gates.start:
+            said.append(f"from {arm.gates_start}")
+        if arm.gates_rate != recipe.learn.gates.learning_rate:
+            said.append(
+                "gates not learned" if arm.gates_rate == 0 else f"gate learning rate {arm.gates_rate:g}"
+            )
+        if said:
+            row["note"] = ", ".join(said)
     return row
 
 

@@ -1,8 +1,9 @@
 """Closed-form compensation: what the removed channels gave, predicted from what the kept ones give.
 
-Per consumer with weight W, over the scoring tokens x with C = sum x x^T, the least-squares prediction of the removed
-channels R from the kept ones K is x_R ~ B x_K with B = C_RK (C_KK + eps I)^-1, eps = ridge * mean diagonal of C.
-Folding it into the weight gives W'_K = W_K + W_R B: no training, no parameters, no cost at run time.
+Per consumer with weight W, over the scoring tokens x with C = sum x x^T, the least-squares prediction of the
+removed channels R from the kept ones K is x_R ~ B x_K with B = C_RK (C_KK + eps I)^-1, eps = ridge * mean
+diagonal of C. Folding it into the weight gives W'_K = W_K + W_R B: no training, no parameters, no cost at run
+time.
 
 While gates are learned the same prediction stands in for closed units, so that a unit is judged by what its
 neighbours cannot say for it: a closed unit's gradient is that of opening it beyond its prediction.
@@ -107,7 +108,9 @@ class PredictionHooks:
             self._tables[place] = (wide.to(dtype), drop)
 
     def _hook(self, place: Place) -> Any:
-        def add(module: nn.Linear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        def add(
+            module: nn.Linear, args: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> torch.Tensor | None:
             z = self.z.get(place)
             table = self._tables.get(place)
             if z is None or table is None:
@@ -120,5 +123,6 @@ class PredictionHooks:
         return add
 
     def remove(self) -> None:
+        """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from koff_export.errors import KoffError
-from koff_export.files import check_safetensors, read_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from koff_export.errors import KoffError
+from koff_export.files import check_safetensors, read_json
 from koff_prune.compensate import Compensation, removed
 from koff_prune.plan import Plan
 from koff_prune.units import Units, decoder_layers, ffn_group, head_channels, prune_kv_groups, read_units
@@ -57,7 +57,8 @@ def cut(model: PreTrainedModel, plan: Plan, compensation: Compensation | None = 
 def set_widths(config: PretrainedConfig, plan: Plan, units: Units) -> None:
     """Writes the plan's widths into the config: plain keys where uniform, else `per_layer_config`.
 
-    `per_layer_config` is the form transformers >= 5.15 records; only layers that differ from the dense model appear.
+    `per_layer_config` is the form transformers >= 5.15 records; only layers that differ from the dense model
+    appear.
     """
     widths = [
         {
@@ -140,6 +141,9 @@ def load_backbone(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     if hasattr(model.model, "rotary_emb_local"):
         model.model.rotary_emb_local = type(model.model.rotary_emb_local)(config=config)
+    embed = model.get_input_embeddings()
+    if hasattr(embed, "scalar_embed_scale"):  # Gemma
+        embed.embed_scale = torch.tensor(embed.scalar_embed_scale)
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     model.requires_grad_(False)
@@ -176,9 +180,10 @@ def _slice_lora(name: str, tensor: torch.Tensor, plan: Plan, units: Units) -> to
     i = int(parts[parts.index("layers") + 1])
     have, kept = units.layers[i], plan.layers[i]
     neurons, groups = kept["ffn_neurons"], kept["kv_groups"]
+    heads = head_channels(groups, have.head_dim)
     queries = head_channels(groups, have.head_dim, have.queries)
     rows = {"gate_proj": neurons, "up_proj": neurons, "q_proj": queries,
-            "k_proj": head_channels(groups, have.head_dim), "v_proj": head_channels(groups, have.head_dim)}  # fmt: skip
+            "k_proj": heads, "v_proj": heads}  # fmt: skip
     columns = {"down_proj": neurons, "o_proj": queries}
     module = next((p for p in parts if p in rows or p in columns), None)
     if module in rows and "lora_B" in parts:

@@ -28,7 +28,9 @@ def describe(recipe: Recipe) -> None:
     activations = recipe.learn.window * recipe.learn.batch * len(units.layers) * (
         first.ffn_neurons * 5 + found["config"].hidden_size * 14) * bytes_each  # fmt: skip
     need = dense * bytes_each * 2 + channels * 8 + memory * len(recipe.domains) * 16 + logits + activations
-    table = Table(title=f"{recipe.structure.sparsity:.1%} of {recipe.structure.of}, widths {recipe.structure.widths}")
+    table = Table(
+        title=f"{recipe.structure.sparsity:.1%} of {recipe.structure.of}, widths {recipe.structure.widths}"
+    )
     for column in ("layers", "unit", "per layer", "parameters each", "kept on average"):
         table.add_column(column)
     for kind, count, cost in (
@@ -39,13 +41,18 @@ def describe(recipe: Recipe) -> None:
         table.add_row(str(len(units.layers)), kind + gated, str(count), f"{cost:,}", f"{mean:,.1f}")
     console = Console(width=110)
     console.print(table)
-    console.print(f"dense model       {dense:>15,} parameters, {dense * bytes_each / gib:.2f} GiB", highlight=False)
+    console.print(
+        f"dense model       {dense:>15,} parameters, {dense * bytes_each / gib:.2f} GiB", highlight=False
+    )
     console.print(f"backbone          {slim:>15,} parameters, {slim * bytes_each / gib:.2f} GiB"
                   f" ({plan.realised:.4f} removed)", highlight=False)  # fmt: skip
     console.print(f"one memory        {memory:>15,} parameters, {memory * 4 / gib:.3f} GiB", highlight=False)
-    console.print(f"all {len(recipe.domains)} memories    {memory * len(recipe.domains):>15,} parameters", highlight=False)
+    console.print(
+        f"all {len(recipe.domains)} memories    {memory * len(recipe.domains):>15,} parameters",
+        highlight=False,
+    )
     console.print(f"RAM while learning, about {need / gib:.1f} GiB", highlight=False)
-    console.print("Widths are even here; the learned plan moves them between layers." , highlight=False)
+    console.print("Widths are even here; the learned plan moves them between layers.", highlight=False)
 
 
 def memory_parameters(recipe: Recipe, config: object, plan: object) -> int:

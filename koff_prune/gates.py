@@ -1,12 +1,14 @@
 """Gates over units, and what holds their sparsity at its target.
 
-One gate per unit, shared by all domains, multiplies the input of the unit's consumer (`down_proj`, `o_proj`) as PEFT
-wrapped it, so that LoRA sees the gated input too. Two forms behind one interface:
+One gate per unit, shared by all domains, multiplies the input of the unit's consumer (`down_proj`, `o_proj`)
+as PEFT wrapped it, so that LoRA sees the gated input too. Two forms behind one interface:
 
-* hard concrete (Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization", section 2.2): a
-  stretched binary concrete sample, one draw per optimizer step from a generator seeded by (seed, step); expected
-  sparsity held at its target by an augmented Lagrangian (CoFi, Xia et al. 2022; Sheared-LLaMA, Xia et al. 2023).
-* straight-through top-k: the hard mask of the lowest-ranked units at the step's target; gradients pass through
+* hard concrete (Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization", 2.2): a
+  stretched binary concrete sample, one draw per optimizer step from a generator seeded by (seed, step);
+  expected sparsity held at its target by an augmented Lagrangian (CoFi, Xia et al. 2022; Sheared-LLaMA, Xia
+  et al. 2023).
+* straight-through top-k: the hard mask of the lowest-ranked units at the step's target; gradients pass
+through
   sigmoid(alpha) (Bengio et al. 2013).
 """
 
@@ -41,7 +43,8 @@ class Gates(nn.Module):
 
     Attributes:
         alpha: float32 [gated units], the only parameter; higher means keep.
-        lagrange: float32 [2], multipliers of the sparsity constraint (hard concrete alone), trained by ascent.
+        lagrange: float32 [2], multipliers of the sparsity constraint (hard concrete alone), trained by
+        ascent.
     """
 
     alpha: nn.Parameter
@@ -50,7 +53,9 @@ class Gates(nn.Module):
     step: torch.Tensor
     target: torch.Tensor
 
-    def __init__(self, units: Units, structure: Structure, form: str, start: Scores | None, seed: int) -> None:
+    def __init__(
+        self, units: Units, structure: Structure, form: str, start: Scores | None, seed: int
+    ) -> None:
         super().__init__()
         self.units, self.structure, self.form, self.seed = units, structure, form, seed
         self.slots: list[tuple[int, UnitKind, int, int]] = []  # layer, kind, first, last + 1
@@ -69,19 +74,24 @@ class Gates(nn.Module):
         self._drawn: tuple[Any, torch.Tensor] | None = None
 
     def _start(self, start: Scores | None, count: int) -> torch.Tensor:
-        """Normal quantiles of the start's ranks: one scale for every start, so that one learning rate fits all."""
+        """Normal quantiles of the start's ranks: one scale, so that one learning rate fits every start."""
         centre = OPEN if self.form == "hard_concrete" else 0.0
         if start is None:
             return torch.full((count,), centre)
         flat = torch.cat([start[kind][i].double() for i, kind, _, _ in self.slots])
-        if self.structure.widths == "uniform":  # the target is held per layer, so only the order inside a layer counts
-            ranks = torch.cat([_ranks(flat[a:b]) for _, _, a, b in self.slots])
+        if (
+            self.structure.widths == "uniform"
+        ):  # the target is held per layer, so only the order inside a layer counts
+            ranks = torch.empty_like(flat)
+            for n in range(len(self.units.layers)):
+                mine = torch.cat([torch.arange(a, b) for i, _, a, b in self.slots if i == n])
+                ranks[mine] = _ranks(flat[mine])
         else:
             ranks = _ranks(flat)
         return (centre + SPREAD * math.sqrt(2) * torch.erfinv(2 * ranks - 1)).float()
 
     def scores(self) -> Scores:
-        """alpha as scores, for the cut: P(z > 0) saturates into ties."""
+        """Alpha as scores, for the cut: P(z > 0) saturates into ties."""
         result: Scores = {kind: [] for kind in KINDS}
         for _, kind, a, b in self.slots:
             result[kind].append(self.alpha.detach()[a:b].clone())
@@ -89,7 +99,9 @@ class Gates(nn.Module):
 
     def kept(self, target: float | None = None) -> Kept:
         """What stays at `target` (default: the recipe's)."""
-        return choose(self.scores(), self.units, self.structure, self.structure.sparsity if target is None else target)
+        return choose(
+            self.scores(), self.units, self.structure, self.structure.sparsity if target is None else target
+        )
 
     def mask(self, kept: Kept) -> torch.Tensor:
         """Bool [gated units]: True where kept."""
@@ -105,7 +117,7 @@ class Gates(nn.Module):
         self._drawn = None
 
     def draw(self) -> torch.Tensor:
-        """z of the current step, float32 [gated units], the same however often it is asked for."""
+        """Z of the current step, float32 [gated units], the same however often it is asked for."""
         key = (int(self.step), float(self.target))
         if self._drawn is None or self._drawn[0] != key:
             if self.form == "hard_concrete":
@@ -176,7 +188,9 @@ class GateHooks:
             have = self.units.layers[i]
             part = z[a:b]
             # a KV group gates the outputs of all its query heads
-            self.z[(i, kind)] = part.repeat_interleave(have.queries * have.head_dim) if kind == "kv_groups" else part
+            self.z[(i, kind)] = (
+                part.repeat_interleave(have.queries * have.head_dim) if kind == "kv_groups" else part
+            )
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -188,6 +202,7 @@ class GateHooks:
             self.z = z
 
     def remove(self) -> None:
+        """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
 

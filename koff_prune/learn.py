@@ -1,7 +1,7 @@
 """The joint training of gates and memories, and the training of memories alone, on transformers' Trainer.
 
-One optimizer step is one micro-batch of every domain under one mask: gradient accumulation runs over the domains. The
-base stays frozen; the dense teacher is the same weights with gates and memories off.
+One optimizer step is one micro-batch of every domain under one mask: gradient accumulation runs over the
+domains. The base stays frozen; the dense teacher is the same weights with gates and memories off.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from koff_export.errors import KoffError
-from koff_export.files import check_safetensors, disk_errors
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from koff_export.errors import KoffError
+from koff_export.files import check_safetensors, disk_errors
 from koff_prune.compensate import Compensation, PredictionHooks
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.loss import head_loss
@@ -46,10 +46,11 @@ class Phase:
     end: float
 
 
-class DomainWindows(Dataset):  # type: ignore[type-arg]
+class DomainWindows(Dataset):
     """Micro-batches in the order of training: item n is a window of domain n % domains.
 
-    Every domain's windows are shuffled anew for every pass, from the seed alone, so that a resumed run sees the same.
+    Every domain's windows are shuffled anew for every pass, from the seed alone, so that a resumed run sees
+    the same.
     """
 
     def __init__(self, windows: Mapping[str, torch.Tensor], steps: int, batch: int, seed: int) -> None:
@@ -95,7 +96,7 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.gates, self.loss = memories.model, gates, learn.loss
-        self.kv = nn.ModuleDict(memories.kv)
+        self.kv = nn.ModuleList(memories.kv.values())
         self.memories, self.hooks = memories, hooks
         self.predictions = None
         if gates is not None and compensation is not None and gates.form == "straight_through":
@@ -139,7 +140,7 @@ class Learner(nn.Module):
             if self.predictions is not None:
                 self.predictions.z = {}
             out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-        return out.reshape(-1, out.shape[-1])  # type: ignore[no-any-return]
+        return out.reshape(-1, out.shape[-1])
 
     def trained(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint must hold, by name, detached."""
@@ -156,20 +157,11 @@ class Learner(nn.Module):
         """The reverse of `trained`, in place, so that the optimizer keeps its parameters."""
         for name in self.memories.domains:
             mine = {k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")}
-            lora = {k.removeprefix("lora/"): v for k, v in mine.items() if k.startswith("lora/")}
-            kv = {k.removeprefix("kv/"): v for k, v in mine.items() if k.startswith("kv/")}
-            if name in self.memories.kv:
-                memory = self.memories.kv[name]
-                with torch.no_grad():
-                    for i in range(len(memory.keys)):
-                        memory.keys[i].copy_(kv[f"layers.{i}.key"][:, 1:])
-                        memory.values[i].copy_(kv[f"layers.{i}.value"][:, 1:])
-                        memory.sinks[i] = (kv[f"layers.{i}.key"][:, :1], kv[f"layers.{i}.value"][:, :1])
-            if lora:
-                without_kv = Memories.load
-                kept, self.memories.kv = self.memories.kv, {}
-                without_kv(self.memories, name, {"lora": lora})
-                self.memories.kv = kept
+            parts: dict[str, dict[str, torch.Tensor]] = {}
+            for key, tensor in mine.items():
+                part, _, rest = key.partition("/")
+                parts.setdefault(part, {})[rest] = tensor
+            self.memories.load(name, parts)
         if self.gates is not None:
             with torch.no_grad():
                 self.gates.alpha.copy_(state["gates/alpha"])
@@ -189,7 +181,7 @@ class _StepCallback(TrainerCallback):
         self.learner.begin_step(state.global_step, self.target(state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs and self.report is not None:
+        if logs and "loss" in logs:
             loss = float(logs["loss"])
             if not math.isfinite(loss):
                 raise KoffError(
@@ -198,11 +190,12 @@ class _StepCallback(TrainerCallback):
                 )
             gates = self.learner.gates
             sparsity = float(gates.expected_sparsity().detach()) if gates is not None else None
-            self.report(state.global_step, loss, sparsity)
+            if self.report is not None:
+                self.report(state.global_step, loss, sparsity)
 
 
 class LearnTrainer(Trainer):
-    """transformers' Trainer over a Learner: whole checkpoints only, one learning rate per kind of parameter."""
+    """The Trainer over a Learner: whole checkpoints only, one learning rate per kind of parameter."""
 
     learner: Learner
     begin: float
@@ -217,7 +210,10 @@ class LearnTrainer(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The Learner's loss, and the constraint on hard-concrete gates."""
         loss = model(inputs["input_ids"], inputs["domain"])
         gates = self.learner.gates
         if gates is not None and gates.form == "hard_concrete":
@@ -225,6 +221,7 @@ class LearnTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """AdamW with a group for each kind of parameter; the multipliers ascend."""
         learner, rates = self.learner, self.learn_section.rates
         groups: list[dict[str, Any]] = [
             {"params": learner.memories.lora_parameters(), "lr": rates.lora},
@@ -240,6 +237,7 @@ class LearnTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up, then this phase's part of the cosine that both phases share."""
         warm = max(1, round(self.learn_section.warmup * num_training_steps))
         phase = self.phase
 

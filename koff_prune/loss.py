@@ -1,7 +1,7 @@
 """Cross-entropy and KL through a frozen output head, in chunks, without keeping the logits.
 
-The head is frozen, so the gradient with respect to the hidden states is known as soon as a chunk's logits are: it is
-computed in the forward pass, chunk by chunk, and only [tokens, hidden] is kept for backward.
+The head is frozen, so the gradient with respect to the hidden states is known as soon as a chunk's logits
+are: it is computed in the forward pass, chunk by chunk, and only [tokens, hidden] is kept for backward.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def head_loss(
     ce: float = 1.0,
     kl: float = 0.0,
 ) -> torch.Tensor:
-    """ce * cross-entropy + kl * KL(teacher || model), mean nats per token.
+    """Ce * cross-entropy + kl * KL(teacher || model), mean nats per token.
 
     Args:
         hidden: Last hidden states [tokens, hidden], in the head's dtype.

@@ -1,8 +1,8 @@
 """What one domain carries: a LoRA adapter (PEFT) and a learned key/value cache, one of each per domain.
 
-The learned cache holds, per layer, keys and values [kv_heads, P, head_dim] after RoPE at positions 0…P−1; text starts
-at position P. It begins as a real prefill of the domain's text, whose first token stays frozen as attention sink
-(Cartridges, Eyuboglu et al. 2025, section 4).
+The learned cache holds, per layer, keys and values [kv_heads, P, head_dim] after RoPE at positions 0…P−1;
+text starts at position P. It begins as a real prefill of the domain's text, whose first token stays frozen as
+attention sink (Cartridges, Eyuboglu et al. 2025, section 4).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from koff_export.attention import set_attention
-from koff_export.errors import KoffError
-from koff_export.files import check_safetensors, read_json
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from koff_export.attention import set_attention
+from koff_export.errors import KoffError
+from koff_export.files import check_safetensors, read_json
 from koff_prune.recipe import Memory, MemoryKind
 from koff_prune.units import decoder_layers
 
@@ -46,6 +46,13 @@ class KvMemory(nn.Module):
         key, value = self.keys[i], self.values[i]
         sink_key, sink_value = (t.to(key.device) for t in self.sinks[i])
         return torch.cat([sink_key, key], 1), torch.cat([sink_value, value], 1)
+
+    @torch.no_grad()
+    def copy_(self, other: KvMemory) -> None:
+        """Takes over another cache of the same shapes, in place: an optimizer keeps its parameters."""
+        for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+        self.sinks = other.sinks
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """`layers.{i}.key` and `.value`, float32 [kv_heads, P, head_dim], detached."""
@@ -76,7 +83,7 @@ class KvMemory(nn.Module):
 @torch.no_grad()
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values [kv_heads, P, head_dim] per layer that the model computes for the tokens `ids` [P]."""
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     model(input_ids=ids[None], past_key_values=cache, use_cache=True)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
@@ -114,9 +121,9 @@ class Memories:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 config = lora_config(memory)
-                self.model = get_peft_model(model, config, adapter_name=self.domains[0])
+                self.model = get_peft_model(model, config, adapter_name=_adapter(self.domains[0]))
                 for name in self.domains[1:]:
-                    self.model.add_adapter(name, config)
+                    self.model.add_adapter(_adapter(name), config)
             self._collect()
         self.activate(None)
 
@@ -125,7 +132,7 @@ class Memories:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Runs float32 memories around a 16-bit model in the model's own dtype; nothing for a float32 model."""
+        """Runs float32 memories around a 16-bit model in the model's own dtype."""
         weight = next(self.base.parameters())
         half = weight.dtype != torch.float32
         for layer in self.lora_layers:  # PEFT's own cast to float32 would copy every activation
@@ -139,6 +146,7 @@ class Memories:
 
     @property
     def attentions(self) -> list[Any]:
+        """The attention module of every layer."""
         return [layer.self_attn for layer in decoder_layers(self.base)]
 
     def _shift_positions(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -147,7 +155,9 @@ class Memories:
             return None
         positions = kwargs.get("position_ids")
         if positions is None:
-            given = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
+            given = next(
+                t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None
+            )
             cache = kwargs.get("past_key_values")
             seen = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(seen, seen + given.shape[1], device=given.device)[None]
@@ -157,7 +167,7 @@ class Memories:
         """Attaches one domain's memory, or takes all off (None)."""
         for layer in self.lora_layers:
             if domain is not None:
-                layer.set_adapter(domain)
+                layer.set_adapter(_adapter(domain))
             layer.enable_adapters(domain is not None)
         for p in self.lora_parameters():  # PEFT freezes whatever it switches off
             p.requires_grad_(True)
@@ -177,6 +187,7 @@ class Memories:
             self.activate(before)
 
     def lora_parameters(self) -> list[nn.Parameter]:
+        """Every domain's LoRA."""
         return [
             p
             for layer in self.lora_layers
@@ -186,6 +197,7 @@ class Memories:
         ]
 
     def kv_parameters(self) -> list[nn.Parameter]:
+        """Every domain's learned cache, without the sinks."""
         return [p for kv in self.kv.values() for p in kv.parameters()]
 
     def count(self, domain: str) -> int:
@@ -197,7 +209,9 @@ class Memories:
         """`lora` and `kv` tensors of one domain by their file names, detached."""
         result: dict[str, dict[str, torch.Tensor]] = {}
         if self.memory.lora is not None:
-            state = get_peft_model_state_dict(self.model, adapter_name=domain, save_embedding_layers=False)
+            state = get_peft_model_state_dict(
+                self.model, adapter_name=_adapter(domain), save_embedding_layers=False
+            )
             result["lora"] = {k: v.detach().contiguous().clone() for k, v in state.items()}
         if domain in self.kv:
             result["kv"] = self.kv[domain].tensors()
@@ -210,13 +224,15 @@ class Memories:
             KoffError: A tensor is missing or of another shape.
         """
         if self.memory.lora is not None:
-            have = get_peft_model_state_dict(self.model, adapter_name=domain, save_embedding_layers=False)
+            have = get_peft_model_state_dict(
+                self.model, adapter_name=_adapter(domain), save_embedding_layers=False
+            )
             given = tensors.get("lora", {})
             _same_shapes(f"memory {domain}: LoRA", have, given)
-            set_peft_model_state_dict(self.model, dict(given), adapter_name=domain)
+            set_peft_model_state_dict(self.model, dict(given), adapter_name=_adapter(domain))
         if domain in self.kv:
             _same_shapes(f"memory {domain}: KV", self.kv[domain].tensors(), tensors.get("kv", {}))
-            self.kv[domain] = KvMemory.from_tensors(tensors["kv"])
+            self.kv[domain].copy_(KvMemory.from_tensors(tensors["kv"]))
 
     def unwrap(self) -> PreTrainedModel:
         """Takes every memory off for good and returns the model as it was before."""
@@ -227,12 +243,17 @@ class Memories:
         return self.base
 
 
+def _adapter(domain: str) -> str:
+    """What PEFT calls a domain's adapter: a name without dots, which no module or tensor of PEFT has."""
+    return "koff:" + domain.replace(".", ":")
+
+
 def lora_config(memory: Memory) -> LoraConfig:
     """PEFT's config for the recipe's LoRA."""
     assert memory.lora is not None
     return LoraConfig(
         r=memory.lora.rank,
-        lora_alpha=memory.lora.alpha,
+        lora_alpha=memory.lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
         target_modules=memory.lora.target,
         lora_dropout=0.0,
         bias="none",
@@ -247,26 +268,32 @@ def _same_shapes(what: str, have: Mapping[str, torch.Tensor], given: Mapping[str
     for name, tensor in have.items():
         if tensor.shape != given[name].shape:
             raise KoffError(
-                f"{what}: tensor {name} is {list(given[name].shape)}, expected {list(tensor.shape)}; it was trained"
-                " for another plan"
+                f"{what}: tensor {name} is {list(given[name].shape)}, expected {list(tensor.shape)};"
+                " it was trained for another plan"
             )
 
 
 MEMORY_FILES = {"lora": "adapter_model.safetensors", "kv": "kv.safetensors"}
 
 
-def save_memory(folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], memory: Memory, base: str) -> None:
+def save_memory(
+    folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], memory: Memory, base: str
+) -> None:
     """Writes one domain's memory: a plain PEFT LoRA folder, and kv.safetensors beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, file in MEMORY_FILES.items():
         if part in tensors:
-            save_file({k: v.contiguous() for k, v in tensors[part].items()}, folder / file, metadata={"format": "pt"})
+            save_file(
+                {k: v.contiguous() for k, v in tensors[part].items()},
+                folder / file,
+                metadata={"format": "pt"},
+            )
     if "lora" in tensors:
         config = lora_config(memory)
         config.base_model_name_or_path = base
         config.inference_mode = True
         # the names that PEFT resolved all-linear to, so that the folder means the same on any later version
-        config.target_modules = {k.split(".lora_")[0].rsplit(".", 1)[-1] for k in tensors["lora"]}
+        config.target_modules = sorted({k.split(".lora_")[0].rsplit(".", 1)[-1] for k in tensors["lora"]})
         config.save_pretrained(str(folder))
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from koff_export.errors import KoffError
 from koff_export.files import read_json, write_json
-
 from koff_prune.recipe import Structure
 from koff_prune.units import KINDS, UnitKind, Units
 
@@ -91,7 +91,9 @@ class Plan:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise KoffError(f"{path}: not a plan ({error}); make it again with `koff-prune plan`") from error
         if digest != data.get("digest"):
-            raise KoffError(f"{path}: `digest` does not match its layers; make it again with `koff-prune plan`")
+            raise KoffError(
+                f"{path}: `digest` does not match its layers; make it again with `koff-prune plan`"
+            )
         return plan
 
     def check_fits(self, units: Units) -> None:
@@ -102,7 +104,8 @@ class Plan:
             for kind in KINDS:
                 if layer[kind][-1] >= have.count(kind):
                     raise KoffError(
-                        f"plan: layers[{i}].{kind} keeps unit {layer[kind][-1]}, but there are {have.count(kind)}"
+                        f"plan: layers[{i}].{kind} keeps unit {layer[kind][-1]},"
+                        f" but there are {have.count(kind)}"
                     )
 
 
@@ -152,8 +155,9 @@ def make_plan(
                 break
         nearest = " and ".join(f"{s:.4f}" for s in sorted({realised, other}))
         raise KoffError(
-            f"structure.sparsity {structure.sparsity}: nothing reachable lies within {TOLERANCE} of it; the nearest"
-            f" are {nearest} (units {structure.units}, round_to {structure.round_to}, widths {structure.widths})"
+            f"structure.sparsity {structure.sparsity}: nothing reachable lies within {TOLERANCE} of it;"
+            f" the nearest are {nearest} (units {structure.units}, round_to {structure.round_to},"
+            f" widths {structure.widths})"
         )
     return Plan(
         model=model,
@@ -169,7 +173,9 @@ def make_plan(
     )
 
 
-def choose(scores: Scores, units: Units, structure: Structure, target: float, *, per_layer: bool = False) -> Kept:
+def choose(
+    scores: Scores, units: Units, structure: Structure, target: float, *, per_layer: bool = False
+) -> Kept:
     """The kept indices whose removed parameters come nearest to `target`: KV groups first, the FFN fills.
 
     The removed parameters differ from target * N by at most half a step, where a step is round_to * c_ffn
@@ -189,12 +195,34 @@ def choose(scores: Scores, units: Units, structure: Structure, target: float, *,
 
 
 def _drop_kv_groups(kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float) -> None:
-    """Removes the KV groups that fall under the budget when all units stand in one ranking."""
+    """Removes the KV groups that fall under the budget when all units stand in one ranking.
+
+    Under uniform widths every layer has a ranking and a share of the budget of its own, and the mean count
+    counts.
+    """
+    count = len(units.layers)
+    alone = structure.units == ["kv_groups"]
+    if structure.widths == "uniform":
+        each = [_fallen_groups([i], scores, units, structure, budget / count)[i] for i in range(count)]
+        cost = sum(layer.kv_cost for layer in units.layers)
+        most = units.layers[0].kv_groups if alone else int(budget // cost)
+        same = _uniform_kv_count(sum(map(len, each)), most, units)
+        lost = [torch.argsort(s, stable=True)[:same].tolist() for s in scores["kv_groups"]]
+    else:
+        lost = _fallen_groups(list(range(count)), scores, units, structure, budget)
+    for layer, gone in zip(kept, lost, strict=True):
+        layer["kv_groups"] = [j for j in layer["kv_groups"] if j not in set(gone)]
+
+
+def _fallen_groups(
+    layers: list[int], scores: Scores, units: Units, structure: Structure, budget: float
+) -> list[list[int]]:
+    """Per layer, the KV groups among the lowest-scored units of `layers` that `budget` parameters pay for."""
     entries = [
         (float(value), kind, i, j)
         for kind in structure.units
-        for i, layer in enumerate(scores[kind])
-        for j, value in enumerate(layer.tolist())
+        for i in layers
+        for j, value in enumerate(scores[kind][i].tolist())
     ]
     entries.sort(key=lambda e: e[0])
     lost: list[list[int]] = [[] for _ in units.layers]
@@ -209,18 +237,16 @@ def _drop_kv_groups(kept: Kept, scores: Scores, units: Units, structure: Structu
         spent += cost
         if kind == "kv_groups":
             lost[i].append(j)
-    if structure.widths == "uniform":
-        count = _uniform_kv_count(sum(map(len, lost)), units)
-        lost = [torch.argsort(s, stable=True)[:count].tolist() for s in scores["kv_groups"]]
-    for layer, gone in zip(kept, lost, strict=True):
-        layer["kv_groups"] = [j for j in layer["kv_groups"] if j not in set(gone)]
+    return lost
 
 
-def _uniform_kv_count(lost: int, units: Units) -> int:
-    """KV groups to remove from every layer: the mean, lowered until stock transformers takes the head count."""
+def _uniform_kv_count(lost: int, most: int, units: Units) -> int:
+    """KV groups to leave every layer: the mean, lowered until stock transformers takes the head count."""
     first = units.layers[0]
-    count = min(round(lost / len(units.layers)), first.kv_groups - 1)
-    while units.divisor_heads and units.hidden_size % ((first.kv_groups - count) * first.queries):
+    count = min(round(lost / len(units.layers)), most, first.kv_groups - 1)
+    while (
+        count > 0 and units.divisor_heads and units.hidden_size % ((first.kv_groups - count) * first.queries)
+    ):
         count -= 1
     return count
 
@@ -241,18 +267,16 @@ def _fill_uniform(kept: Kept, scores: Scores, units: Units, structure: Structure
 
 
 def _fill_global(kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float) -> None:
-    """Removes runs of round_to neurons, lowest mean score first, over all layers."""
-    values, costs, owners = [], [], []
-    orders = []
+    """Removes runs of round_to neurons, lowest score of the middle one first, over all layers."""
+    values, costs, owners, orders = [], [], [], []
     for i, (score, layer) in enumerate(zip(scores["ffn_neurons"], units.layers, strict=True)):
         order = torch.argsort(score, stable=True)
         orders.append(order)
-        options = _removable(layer.ffn_neurons, structure.round_to)
-        ends = torch.tensor(options)
-        total = torch.cat([score.new_zeros(1, dtype=torch.float64), score[order].double().cumsum(0)])[ends]
+        ends = torch.tensor(_removable(layer.ffn_neurons, structure.round_to))
+        # the middle unit speaks for its run: the order of units decides, not the scale of their scores, so
+        # that gates choose what the scores they started from choose
+        values.append(score[order][(ends[:-1] + ends[1:]) // 2])
         size = ends[1:] - ends[:-1]
-        # a rounding run keeps its place behind the runs before it in the same layer
-        values.append((total[1:] - total[:-1]).div(size).cummax(0).values)
         costs.append(size * layer.ffn_cost)
         owners.append(torch.full_like(size, i))
     value, cost, owner = torch.cat(values), torch.cat(costs), torch.cat(owners)
@@ -260,8 +284,8 @@ def _fill_global(kept: Kept, scores: Scores, units: Units, structure: Structure,
     spent = torch.cat([cost.new_zeros(1), cost[ranked].cumsum(0)])
     runs = int((spent.double() - budget).abs().argmin())
     counts = torch.bincount(owner[ranked[:runs]], minlength=len(units.layers)).tolist()
-    for i, layer in enumerate(kept):
+    for i, stay in enumerate(kept):
         gone = orders[i][: _removable(units.layers[i].ffn_neurons, structure.round_to)[counts[i]]]
         stays = torch.ones(units.layers[i].ffn_neurons, dtype=torch.bool)
         stays[gone] = False
-        layer["ffn_neurons"] = stays.nonzero()[:, 0].tolist()
+        stay["ffn_neurons"] = stays.nonzero()[:, 0].tolist()

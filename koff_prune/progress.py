@@ -44,7 +44,9 @@ class Bar:
         elif time.monotonic() - self.printed > _EVERY:
             self.printed = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)
-            console.print(f"{self.label}: {self.done / max(self.total, 1):.0%}, {note}, {left / 60:.1f} min left")
+            console.print(
+                f"{self.label}: {self.done / max(self.total, 1):.0%}, {note}, {left / 60:.1f} min left"
+            )
 
 
 @contextmanager
@@ -55,7 +57,8 @@ def bar(label: str, total: int) -> Iterator[Bar]:
         yield Bar(label, total, None)
         return
     columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}"))  # fmt: skip
     with Progress(*columns, console=console) as progress:
         yield Bar(label, total, progress)
 

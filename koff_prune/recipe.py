@@ -27,6 +27,7 @@ from koff_prune.templates import parse
 
 BASELINES = ("magnitude", "wanda", "taylor", "fisher", "random")
 Score = Literal["magnitude", "wanda", "taylor", "fisher", "random"]
+Start = Literal["constant", "magnitude", "wanda", "taylor", "fisher", "fisher_tokens", "random"]
 MemoryKind = Literal["none", "lora", "kv", "lora+kv"]
 
 
@@ -237,10 +238,13 @@ class Gates(Section):
     """Gates over units, shared by all domains."""
 
     form: Literal["straight_through", "hard_concrete"] = "straight_through"
-    start: Literal["constant", "magnitude", "wanda", "taylor", "fisher", "random"] = "fisher"
+    start: Start = Field(
+        default="fisher_tokens",
+        description="Orders the units at first; fisher_tokens squares per token, fisher per window.",
+    )
     learning_rate: Float = Field(default=0.05, ge=0, description="Of Adam; 0 keeps the start's plan.")
     ramp: Float = Field(
-        default=0.3, ge=0, le=1, description="Share of the joint steps while the target rises."
+        default=0.05, ge=0, le=1, description="Share of the joint steps while the target rises."
     )
 
 
@@ -309,6 +313,7 @@ class CompareRow(Section):
     )
     gates_learning_rate: Float | None = Field(default=None, ge=0, description="koff: overrides learn.gates.")
     gates_form: Literal["straight_through", "hard_concrete"] | None = None
+    gates_start: Start | None = Field(default=None, description="koff: overrides learn.gates.")
     compensate: Literal["none", "least_squares"] | None = Field(
         default=None, description="Overrides cut.compensate."
     )
@@ -323,11 +328,9 @@ class CompareRow(Section):
         if self.method == "dense" and (self.ranking or self.learned_with or self.compensate):
             raise ValueError("method dense has no ranking, learned_with or compensate")
         if self.method != "koff" and (
-            self.learned_with or self.gates_learning_rate is not None or self.gates_form
+            self.learned_with or self.gates_learning_rate is not None or self.gates_form or self.gates_start
         ):
-            raise ValueError(
-                f"learned_with, gates_learning_rate and gates_form are koff's, not {self.method}'s"
-            )
+            raise ValueError(f"learned_with and the gates_ keys are koff's, not {self.method}'s")
         return self
 
     @classmethod

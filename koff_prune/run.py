@@ -1,6 +1,7 @@
 """A run directory: which recipe it belongs to, what is finished in it, and everything that stages share.
 
-Every arrow between stages is a file here, written aside and renamed, so that a stage either is finished or is not.
+Every arrow between stages is a file here, written aside and renamed, so that a stage either is finished or is
+not.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
+
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, read_json, recover, write_json
-
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Recipe
 
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from koff_prune.scores import Statistics
     from koff_prune.units import Units
 
-PACKAGES = ("koff-prune", "torch", "transformers", "peft", "torch-pruning", "optimum", "accelerate", "datasets",
+PACKAGES = ("koff-prune", "torch", "transformers", "peft", "torch-pruning", "optimum", "accelerate",
+            "datasets",
             "onnx", "onnxruntime", "safetensors", "numpy")  # fmt: skip
 
 
@@ -63,8 +65,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Reads a safetensors file after checking its header."""
-    from koff_export.files import check_safetensors
     from safetensors.torch import load_file
+
+    from koff_export.files import check_safetensors
 
     check_safetensors(path)
     return load_file(path)
@@ -90,7 +93,9 @@ class Run:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout as error:
-                raise KoffError(f"{self.folder}: another koff-prune is at work there; wait or use --out") from error
+                raise KoffError(
+                    f"{self.folder}: another koff-prune is at work there; wait or use --out"
+                ) from error
         try:
             self._enter(resume)
         except BaseException:
@@ -103,16 +108,21 @@ class Run:
             seen = read_json(stamp)
             if seen.get("recipe") != self.recipe.digest():
                 raise KoffError(
-                    f"{self.folder}: holds a run of another recipe; choose another --out, or remove the folder"
+                    f"{self.folder}: holds a run of another recipe;"
+                    " choose another --out, or remove the folder"
                 )
             if not resume:
-                raise KoffError(f"{self.folder}: holds a run of this recipe; continue it with --resume, or choose --out")
+                raise KoffError(
+                    f"{self.folder}: holds a run of this recipe; continue it with --resume, or choose --out"
+                )
         elif any(p.name != ".lock" for p in self.folder.iterdir()):
             raise KoffError(f"{self.folder}: is not empty and holds no run; choose another --out")
         recover(self.folder / "bundle")
         recover(self.folder / "backbone")
         if not stamp.exists():
-            self.write_text("recipe.yaml", yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
+            self.write_text(
+                "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+            )
             write_json(stamp, {"format": 1, "recipe": self.recipe.digest(), "versions": versions()})
 
     def close(self) -> None:
@@ -126,11 +136,15 @@ class Run:
         self.close()
 
     def write_text(self, name: str, text: str) -> None:
+        """Writes a file of the run directory aside and renames it."""
         path = self.folder / name
-        aside = path.with_name(f".{name}.tmp")
+        aside = path.with_name(f".{path.name}.tmp")
         with disk_errors(path):
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
+            try:
+                aside.write_text(text, encoding="utf-8")
+                os.replace(aside, path)
+            finally:
+                aside.unlink(missing_ok=True)
 
     @cached_property
     def dense(self) -> Dense:
@@ -148,6 +162,7 @@ class Run:
 
     @cached_property
     def units(self) -> Units:
+        """The units of the dense model."""
         from koff_prune.units import read_units
 
         return read_units(self.dense.model)
@@ -176,9 +191,8 @@ class Run:
         for name, blocks in result.items():
             lines = folder / f"{name}.heldout.jsonl"
             if not lines.exists():  # the very windows of the report, for `koff-run --score`
-                aside = lines.with_suffix(".tmp")
-                aside.write_text("".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist()))
-                os.replace(aside, lines)
+                text = "".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist())
+                self.write_text(f"domains/{lines.name}", text)
         return result
 
     @cached_property

@@ -1,7 +1,8 @@
 """Scores of units from one pass over the scoring text, and the baselines as torch-pruning importances.
 
-For a unit u whose consumer (`down_proj` or `o_proj`) reads the channels x_c, c in u, and a loss L, the gradient of a
-gate z_u at 1 is dL/dz_u = sum over tokens t and channels c of x_tc * dL/dx_tc. From it and from the weights:
+For a unit u whose consumer (`down_proj` or `o_proj`) reads the channels x_c, c in u, and a loss L, the
+gradient of a gate z_u at 1 is dL/dz_u = sum over tokens t and channels c of x_tc * dL/dx_tc. From it and from
+the weights:
 
 * magnitude: L2 norm of all weights that leave with the unit.
 * wanda: sum over c of ||W[:, c]||_1 * ||x_c||_2 over all scoring tokens (Sun et al. 2023, structured).
@@ -68,7 +69,7 @@ class Statistics:
         return result
 
 
-def consumer(layer: nn.Module, kind: UnitKind) -> nn.Linear:
+def consumer(layer: Any, kind: UnitKind) -> nn.Linear:
     """The linear layer that reads a kind's activations: `down_proj` or `o_proj`."""
     return layer.mlp.down_proj if kind == "ffn_neurons" else layer.self_attn.o_proj
 
@@ -100,7 +101,9 @@ def collect(
     handles = []
     for i, layer in enumerate(layers):
         for kind in kinds:
-            handles.append(consumer(layer, kind).register_forward_pre_hook(_capture((i, kind), inputs, gradients)))
+            handles.append(
+                consumer(layer, kind).register_forward_pre_hook(_capture((i, kind), inputs, gradients))
+            )
     embed = model.get_input_embeddings()
     try:
         for window in windows:
@@ -148,11 +151,11 @@ def _accumulate(result: Statistics, place: Place, x: torch.Tensor, g: torch.Tens
         result.second[place] = x.T @ x
 
 
-class UnitImportance(tp.importance.Importance):  # type: ignore[misc]
+class UnitImportance(tp.importance.Importance):
     """A baseline as a torch-pruning importance.
 
-    Called with a group rooted at a `gate_proj` it scores that layer's neurons; `of_attention` scores the KV groups of
-    an attention module, which torch-pruning has no group for.
+    Called with a group rooted at a `gate_proj` it scores that layer's neurons; `of_attention` scores the KV
+    groups of an attention module, which torch-pruning has no group for.
 
     Args:
         method: magnitude, wanda, taylor, fisher, fisher_tokens or random.
@@ -194,13 +197,13 @@ class UnitImportance(tp.importance.Importance):  # type: ignore[misc]
         return value.abs()
 
 
-def _squares(layer: nn.Module, kind: UnitKind, count: int) -> torch.Tensor:
+def _squares(layer: Any, kind: UnitKind, count: int) -> torch.Tensor:
     """Sum of squares of every weight and bias that leaves with a unit, float32 [units]."""
     if kind == "ffn_neurons":
-        rows, column = (layer.mlp.gate_proj, layer.mlp.up_proj), layer.mlp.down_proj
+        rows, column = [layer.mlp.gate_proj, layer.mlp.up_proj], layer.mlp.down_proj
     else:
         attention = layer.self_attn
-        rows, column = (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj
+        rows, column = [attention.q_proj, attention.k_proj, attention.v_proj], attention.o_proj
     total = column.weight.detach().float().square().sum(0).view(count, -1).sum(1)
     for module in rows:
         squares = module.weight.detach().float().square().sum(1)

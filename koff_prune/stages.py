@@ -1,19 +1,20 @@
 """The stages of a run: learn, plan, cut. Each reads files, writes files, and can be run again at any time.
 
-A row of the comparison takes the same stages in a folder of its own; a baseline differs from koff in how its plan is
-made and in nothing else.
+A row of the comparison takes the same stages in a folder of its own; a baseline differs from koff in how its
+plan is made and in nothing else.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from koff_export.files import staged_dir
 
+from koff_export.files import read_json, staged_dir, write_json
 from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, load_backbone, save_backbone, slice_memory
 from koff_prune.evaluate import window_losses
@@ -22,9 +23,10 @@ from koff_prune.learn import Phase, steps_of, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.plan import Plan, Scores, choose, make_plan
 from koff_prune.progress import bar, say
-from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind
+from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind, Recipe
 from koff_prune.run import load_tensors, save_tensors
 from koff_prune.scores import score_units
+from koff_prune.units import KINDS, Units
 
 if TYPE_CHECKING:
     from koff_prune.run import Run
@@ -39,6 +41,7 @@ class Arm:
         ranking: Of a baseline's scores; None for koff and dense.
         gates: koff's form.
         gates_rate: koff's gate learning rate.
+        gates_start: The scores that koff's gates start from.
         learned_with: The memory that koff's mask is learned with.
         trained_with: The memory trained on the fixed plan.
         compensate: none or least_squares.
@@ -48,6 +51,7 @@ class Arm:
     ranking: str | None = None
     gates: str | None = None
     gates_rate: float = 0.0
+    gates_start: str | None = None
     learned_with: MemoryKind | None = None
     trained_with: MemoryKind = "none"
     compensate: str = "none"
@@ -56,7 +60,11 @@ class Arm:
     def slug(self) -> str:
         """Folder name of this arm."""
         parts = [self.method, self.ranking, self.gates, f"rate{self.gates_rate:g}" if self.gates else None]
-        parts += [f"learned-{self.learned_with}" if self.learned_with else None, f"trained-{self.trained_with}"]
+        parts += [f"from-{self.gates_start}" if self.gates_start else None]
+        parts += [
+            f"learned-{self.learned_with}" if self.learned_with else None,
+            f"trained-{self.trained_with}",
+        ]
         return "_".join(p for p in [*parts, self.compensate] if p)
 
 
@@ -64,8 +72,8 @@ def main_arm(run: Run) -> Arm:
     """The recipe's own koff."""
     recipe = run.recipe
     kind = recipe.memory.kind
-    return Arm("koff", None, recipe.learn.gates.form, recipe.learn.gates.learning_rate, kind, kind,
-               recipe.cut.compensate)  # fmt: skip
+    gates = recipe.learn.gates
+    return Arm("koff", None, gates.form, gates.learning_rate, gates.start, kind, kind, recipe.cut.compensate)
 
 
 def arm_of(row: CompareRow, run: Run) -> Arm:
@@ -79,8 +87,9 @@ def arm_of(row: CompareRow, run: Run) -> Arm:
         gates = recipe.learn.gates
         rate = gates.learning_rate if row.gates_learning_rate is None else row.gates_learning_rate
         learned = recipe.memory.kind if row.learned_with is None else row.learned_with
-        return Arm("koff", None, row.gates_form or gates.form, rate, learned, trained, compensate)
-    ranking = row.ranking or "global"
+        form, start = row.gates_form or gates.form, row.gates_start or gates.start
+        return Arm("koff", None, form, rate, start, learned, trained, compensate)
+    ranking: str = row.ranking or "global"
     if ranking == "better":
         ranking = better_ranking(run, row.method, compensate)
     return Arm(row.method, ranking, trained_with=trained, compensate=compensate)
@@ -101,15 +110,22 @@ def baseline_scores(run: Run, method: str) -> Scores:
 
 
 def better_ranking(run: Run, method: str, compensate: str) -> str:
-    """global or per_layer: the one whose bare loss on the scoring text is lower."""
-    losses = {}
-    for ranking in ("global", "per_layer"):
-        arm = Arm(method, ranking, compensate=compensate)
-        folder = run.folder / "rows" / arm.slug
-        model = _cut_model(run, arm, plan_arm(run, arm, folder))
-        memories = Memories(model, Memory(lora=None, kv=None), {}, 0)
-        losses[ranking] = sum(sum(window_losses(memories, b.scoring, None)) for b in run.domains.values())
-    return min(losses, key=losses.__getitem__)
+    """Global or per_layer: the one whose bare loss on the scoring text is lower; kept on disk."""
+    path = run.folder / "rows" / f"{method}_{compensate}_rankings.json"
+    if not path.exists():
+        losses = {}
+        total = 2 * sum(b.scoring.numel() for b in run.domains.values())
+        with bar(f"ranking {method}", total) as progress:
+            for ranking in ("global", "per_layer"):
+                arm = Arm(method, ranking, compensate=compensate)
+                model = _cut_model(run, arm, plan_arm(run, arm, run.folder / "rows" / arm.slug))
+                bare = Memories(model, Memory(lora=None, kv=None), {}, 0)
+                losses[ranking] = sum(
+                    sum(window_losses(bare, b.scoring, None, progress)) for b in run.domains.values()
+                )
+        write_json(path, losses)
+    found: dict[str, float] = read_json(path)
+    return min(found, key=found.__getitem__)
 
 
 def memories_around(run: Run, model: Any, kind: MemoryKind) -> Memories:
@@ -130,28 +146,35 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
     if (folder / "gates.safetensors").exists():
         return
     recipe = run.recipe
-    gates_section = recipe.learn.gates.model_copy(update={"form": arm.gates, "learning_rate": arm.gates_rate})
+    gates_section = recipe.learn.gates.model_copy(
+        update={"form": arm.gates, "learning_rate": arm.gates_rate, "start": arm.gates_start}
+    )
     learn = recipe.learn.model_copy(update={"gates": gates_section})
     start = None if gates_section.start == "constant" else baseline_scores(run, gates_section.start)
     gates = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed)
     memories = memories_around(run, run.fresh(), arm.learned_with or "none")
     share = _joint_share(learn)
-    log = train_logged(
+    train_logged(
         run, memories, train_windows(run), learn, Phase(learn.tokens, 0.0, share), folder, "learning",
         gates=gates, compensation=compensation(run, arm),
     )  # fmt: skip
     if start is not None:
         before = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed)
-        say(f"learning moved the mask: {overlap(before, gates):.1%} of the removed units were the start's choice")
+        say(
+            f"learning moved the mask: {overlap(before, gates):.1%} of the removed units were"
+            " the start's choice"
+        )
     if memories.memory.kind != "none":
         with staged_dir(folder / "learned") as aside:
             for name in memories.domains:
                 save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
     tensors = {"alpha": gates.alpha.detach(), "start": torch.empty(0)}
     if start is not None:
-        tensors["start"] = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed).alpha.detach()
-    del log
+        tensors["start"] = Gates(
+            run.units, recipe.structure, gates_section.form, start, recipe.seed
+        ).alpha.detach()
     save_tensors(tensors, folder / "gates.safetensors")
+    _drop_checkpoints(folder)
 
 
 def _joint_share(learn: Learn) -> float:
@@ -210,7 +233,7 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
     Returns:
         The backbone with the arm's trained memories, none active.
     """
-    recipe, learn = run.recipe, run.recipe.learn
+    learn = run.recipe.learn
     plan = None if arm.method == "dense" else plan_arm(run, arm, folder)
     backbone = folder / "backbone"
     if keep_backbone and not (backbone / "model.safetensors").exists():
@@ -228,16 +251,27 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
             for name in memories.domains:
                 learned = load_memory(folder / "learned" / name)
                 memories.load(name, slice_memory(learned, plan, run.units))
-            phase, skip, label = Phase(learn.settle_tokens, _joint_share(learn), 1.0), learn.tokens, "settling"
+            phase, skip, label = (
+                Phase(learn.settle_tokens, _joint_share(learn), 1.0),
+                learn.tokens,
+                "settling",
+            )
         else:
             phase, skip, label = Phase(learn.tokens + learn.settle_tokens, 0.0, 1.0), 0, "training memories"
         train_logged(run, memories, train_windows(run, skip), learn, phase, folder, label)
         with staged_dir(done) as aside:
             for name in memories.domains:
                 save_memory(aside / name, memories.tensors(name), memories.memory, recipe_source(run))
+        _drop_checkpoints(folder)
     for name in memories.domains:
         memories.load(name, load_memory(done / name))
     return memories
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    """What a finished stage no longer needs; its log stays."""
+    for old in (folder / "checkpoints").glob("*/checkpoint-*"):
+        shutil.rmtree(old)
 
 
 def recipe_source(run: Run) -> str:
@@ -256,8 +290,6 @@ def train_logged(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """`learn.train` with a progress bar, a log (log.json in the arm's folder) and its seconds."""
-    from koff_export.files import read_json, write_json
-
     place = folder / "checkpoints" / label.replace(" ", "-")
     steps = steps_of(phase.tokens, learn, len(windows))
     step_tokens = learn.window * learn.batch * len(windows)
@@ -286,10 +318,10 @@ def train_logged(
     return log
 
 
-def losses_of(run: Run, arm: Arm, folder: Path, attached: bool, *, main: bool = False) -> dict[str, list[float]]:
-    """Held-out nats per token, per domain and window, with the arm's memories attached or off; kept on disk."""
-    from koff_export.files import read_json, write_json
-
+def losses_of(
+    run: Run, arm: Arm, folder: Path, attached: bool, *, main: bool = False
+) -> dict[str, list[float]]:
+    """Held-out nats per token, per domain and window, memories attached or off; kept on disk."""
     path = folder / ("losses.json" if attached else "losses-off.json")
     if not path.exists():
         memories = cut_arm(run, arm, folder, keep_backbone=main)
@@ -304,6 +336,21 @@ def losses_of(run: Run, arm: Arm, folder: Path, attached: bool, *, main: bool = 
     return found
 
 
+def even_plan(units: Units, recipe: Recipe) -> Plan:
+    """A plan that takes evenly from all layers: its widths, and whether the target can be met at all.
+
+    Raises:
+        KoffError: Nothing reachable lies within 0.002 of the target.
+    """
+    flat: Scores = {
+        kind: [torch.arange(layer.count(kind)).float() / layer.count(kind) for layer in units.layers]
+        for kind in KINDS
+    }
+    identity = {"source": "", "revision": None, "config_sha256": ""}
+    ranking = "per_layer" if recipe.structure.widths == "uniform" else "global"
+    return make_plan(flat, units, recipe.structure, model=identity, method="even", ranking=ranking)
+
+
 def dry_plan(recipe: Any) -> dict[str, Any]:
     """Units, widths and needs, from the model's config alone."""
     from koff_prune.models import check_architecture, open_config
@@ -312,13 +359,19 @@ def dry_plan(recipe: Any) -> dict[str, Any]:
     config = open_config(recipe.model)
     check_architecture(config)
     units = units_of_config(config)
-    flat: Scores = {k: [torch.arange(layer.count(k)).float() / layer.count(k) for layer in units.layers]
-                    for k in ("ffn_neurons", "kv_groups")}  # fmt: skip
-    plan = make_plan(
-        flat, units, recipe.structure, model={"source": "", "revision": None, "config_sha256": ""},
-        method="even", ranking="per_layer" if recipe.structure.widths == "uniform" else "global",
-    )  # fmt: skip
+    plan = even_plan(units, recipe)
     return {"units": units, "plan": plan, "config": config}
 
 
-__all__ = ["Arm", "arm_of", "choose", "cut_arm", "dry_plan", "learn_arm", "losses_of", "main_arm", "plan_arm", "replace"]
+__all__ = [
+    "Arm",
+    "arm_of",
+    "choose",
+    "cut_arm",
+    "dry_plan",
+    "learn_arm",
+    "losses_of",
+    "main_arm",
+    "plan_arm",
+    "replace",
+]

@@ -1,11 +1,12 @@
 """The prunable units of a model, read from torch-pruning's dependency graph.
 
-A unit is the smallest thing that can be removed: one FFN neuron (a row of `gate_proj` and `up_proj`, a column of
-`down_proj`), or one KV group (a KV head with every query head that shares it).
+A unit is the smallest thing that can be removed: one FFN neuron (a row of `gate_proj` and `up_proj`, a column
+of `down_proj`), or one KV group (a KV head with every query head that shares it).
 
-The graph is traced one feed-forward block at a time: the whole-model tracer of torch-pruning 1.6.1 never returns on
-grouped-query attention (its issue 527), and a block's graph is the same whatever surrounds it. A trace needs one
-forward of one block on a single token, on the meta device too, so a model of any size is read in seconds.
+The graph is traced one feed-forward block at a time: the whole-model tracer of torch-pruning 1.6.1 never
+returns on grouped-query attention (its issue 527), and a block's graph is the same whatever surrounds it. A
+trace needs one forward of one block on a single token, on the meta device too, so a model of any size is read
+in seconds.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
-from koff_export.errors import KoffError
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from koff_export.errors import KoffError
 
 UnitKind = Literal["ffn_neurons", "kv_groups"]
 KINDS: tuple[UnitKind, ...] = ("ffn_neurons", "kv_groups")
@@ -45,9 +47,11 @@ class LayerUnits:
     head_dim: int
 
     def count(self, kind: UnitKind) -> int:
+        """Number of units of a kind."""
         return self.ffn_neurons if kind == "ffn_neurons" else self.kv_groups
 
     def cost(self, kind: UnitKind) -> int:
+        """Parameters removed with one unit of a kind."""
         return self.ffn_cost if kind == "ffn_neurons" else self.kv_cost
 
 
@@ -74,14 +78,15 @@ class Units:
         return self.parameters if of == "total" else self.block_parameters
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: nn.Module) -> Any:
     """The decoder layers of a transformers causal LM, or of a PEFT model around one.
 
     Raises:
         KoffError: The model has no `model.layers`.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = getattr(getattr(inner, "model", None), "layers", None)
+    wrapped: Any = model
+    inner: Any = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    layers: Any = getattr(getattr(inner, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise KoffError(
             f"model {type(inner).__name__}: no decoder layers at model.layers; koff-prune knows the units of"
@@ -99,8 +104,8 @@ def ffn_group(mlp: nn.Module, neurons: Sequence[int]) -> Any:
     gate, up, down = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     if not all(isinstance(m, nn.Linear) for m in (gate, up, down)):
         raise KoffError(
-            f"model: {type(mlp).__name__} has no gate_proj, up_proj and down_proj; koff-prune knows the units of"
-            " Llama, Qwen2, Qwen3 and Gemma 3 text models"
+            f"model: {type(mlp).__name__} has no gate_proj, up_proj and down_proj; koff-prune knows the units"
+            " of Llama, Qwen2, Qwen3 and Gemma 3 text models"
         )
     assert isinstance(gate, nn.Linear)
     example = torch.zeros(1, 1, gate.in_features, dtype=gate.weight.dtype, device=gate.weight.device)
@@ -116,7 +121,9 @@ def ffn_group(mlp: nn.Module, neurons: Sequence[int]) -> Any:
                 p.requires_grad_(False)
     members = {id(d.target.module) for d, _ in group if isinstance(d.target.module, nn.Linear)}
     if members != {id(gate), id(up), id(down)}:
-        raise KoffError(f"model: the feed-forward {type(mlp).__name__} couples other layers than gate, up and down")
+        raise KoffError(
+            f"model: the feed-forward {type(mlp).__name__} couples other layers than gate, up and down"
+        )
     return group
 
 
@@ -134,7 +141,7 @@ def _group_cost(group: Any) -> int:
     return cost
 
 
-def _layer_units(layer: nn.Module) -> LayerUnits:
+def _layer_units(layer: Any) -> LayerUnits:
     mlp, attention = layer.mlp, layer.self_attn
     group = ffn_group(mlp, [0])
     head_dim = attention.head_dim
@@ -193,10 +200,10 @@ def head_channels(heads: Iterable[int], head_dim: int, queries: int = 1) -> list
     return [h * width + j for h in heads for j in range(width)]
 
 
-class KVGroupPruner(tp.BasePruningFunc):  # type: ignore[misc]
+class KVGroupPruner(tp.BasePruningFunc):
     """torch-pruning function that removes whole KV groups from an attention module (q, k, v, o together)."""
 
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
         """Removes the KV heads `idxs` with every query head that shares them."""
         head_dim, queries = layer.head_dim, layer.num_key_value_groups
         kv, q = head_channels(idxs, head_dim), head_channels(idxs, head_dim, queries)
@@ -208,7 +215,8 @@ class KVGroupPruner(tp.BasePruningFunc):  # type: ignore[misc]
 
     prune_in_channels = prune_out_channels
 
-    def get_out_channels(self, layer: nn.Module) -> int:
+    def get_out_channels(self, layer: Any) -> int:
+        """Number of KV heads."""
         return layer.k_proj.out_features // layer.head_dim
 
     get_in_channels = get_out_channels

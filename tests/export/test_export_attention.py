@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from export_helpers import Kv, random_kv, tiny_model, torch_logits
 from transformers import DynamicCache, PreTrainedModel
 
-from export_helpers import Kv, random_kv, tiny_model, torch_logits
 from koff_export.attention import attention, set_attention
 
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from export_helpers import Exported, random_kv, random_lora
+
 from koff_export.bundle import check_files, open_manifest, write_manifest
 from koff_export.errors import KoffError
 from koff_export.runtime import Runtime

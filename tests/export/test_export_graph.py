@@ -10,8 +10,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-
 from export_helpers import Exported, lora_modules, random_kv, random_lora, tiny_model, torch_logits
+
 from koff_export.errors import KoffError
 from koff_export.graph import check_onnx
 from koff_export.onnx import export_onnx, write_adapter

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-
 from export_helpers import BOS, WINDOW, Exported, torch_logits
+
 from koff_export.errors import KoffError
 from koff_export.runtime import Runtime
 

@@ -1,0 +1,57 @@
+"""Turns a run's report.json into a committed result: the JSON itself and a page in Markdown.
+
+python benchmarks/results_page.py RUN docs/results/NAME "koff-prune compare RECIPE"
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from koff_prune.verdict import row_labels
+
+
+def page(report: dict[str, Any], command: str) -> str:
+    """The table, the sentences and the versions of one report, as Markdown."""
+    rows = report["rows"]
+    domains = [name for name in rows[0]["perplexity"] if name != "gmean"]
+    dense, held = rows[0]["perplexity"]["gmean"], rows[0]["eval"]
+    lines = [
+        f"# {report['model']['source']}",
+        "",
+        f"`{command}`, seed {rows[0]['seed']}, {held['tokens_per_domain']:,} held-out tokens a domain in"
+        f" windows of {held['window']}. Generated from the JSON beside it.",
+        "",
+        "| row | gmean | / dense | "
+        + " | ".join(domains)
+        + " | removed | tokens (score, learn, settle) | seconds |",
+        "| --- |" + " ---: |" * (len(domains) + 5),
+    ]
+    for row, label in zip(rows, row_labels(rows), strict=True):
+        values, tokens = row["perplexity"], row["tokens"]
+        cells = [
+            f"{values['gmean']:.3f}",
+            f"{values['gmean'] / dense:.3f}",
+            *(f"{values[d]:.2f}" for d in domains),
+        ]
+        spent = f"{tokens['score']:,}, {tokens['learn']:,}, {tokens['settle']:,}"
+        cells += [f"{row['sparsity']['realised']:.4f}", spent, f"{row['seconds']:,.0f}"]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", *(f"- {note}" for note in report["notes"]), ""]
+    lines += ["Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Reads RUN/report.json, writes NAME.json and NAME.md."""
+    run, target, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    target.with_suffix(".md").write_text(page(report, command), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""A bundle made by `koff-prune apply`: verified, equal in torch and ONNX, and every tampering told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_helpers import tiny_config, token_ids
+from peft import PeftModel
+from run_helpers import Answer, koff_prune, recipe_of
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from koff_export.bundle import write_manifest
+from koff_export.cli import main as koff_run
+from koff_export.errors import KoffError
+from koff_export.files import read_json
+from koff_export.runtime import Runtime
+from koff_prune import load_backbone, load_bundle
+from koff_prune.plan import Plan
+
+MEMORIES = (None, "law", "code")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("place")
+    recipe = recipe_of(
+        folder,
+        tiny_config("qwen2", num_hidden_layers=2, tie_word_embeddings=True, intermediate_size=256),
+        structure={
+            "units": ["ffn_neurons", "kv_groups"],
+            "sparsity": 0.2,
+            "of": "blocks",
+            "widths": "per_layer",
+        },
+        learn={"rates": {"lora": 0.05, "kv": 0.2}},  # so that memories say something
+        export={"formats": ["safetensors", "onnx"], "onnx": {"precision": ["fp32", "int8"]}},
+    )
+    import koff_prune as package
+
+    package.apply(recipe, folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(place: Path) -> Path:
+    return place / "run" / "bundle"
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+def test_verify_passes(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = koff_prune(capsys, "verify", bundle)
+    assert answer.code == 0, answer.err
+    told = json.loads(answer.out)
+    assert told["memories"] == {"law": "lora+kv", "code": "lora+kv"}
+    assert set(told["onnx_logits"]) == {"none", "law", "code"}
+    assert all(worst < 1e-3 for worst in told["onnx_logits"].values())
+    assert told["sparsity"] == pytest.approx(0.2, abs=0.002)
+
+
+def test_the_backbone_is_what_plan_json_says(bundle: Path) -> None:
+    plan = Plan.load(bundle / "plan.json")
+    model = load_backbone(bundle)
+    assert sum(p.numel() for p in model.parameters()) == plan.parameters["slim"]
+    for layer, kept in zip(model.model.layers, plan.layers, strict=True):
+        assert layer.mlp.up_proj.out_features == len(kept["ffn_neurons"])
+        assert layer.self_attn.k_proj.out_features == 8 * len(kept["kv_groups"])
+    manifest = read_json(bundle / "koff.json")
+    assert manifest["format"] == 1 and manifest["plan"] == plan.digest
+    assert {d["kv_tokens"] for d in manifest["domains"].values()} == {4}
+    assert manifest["graph"]["precisions"] == {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
+    card = (bundle / "README.md").read_text()
+    assert "base_model" in card and "Perplexity" in card and "| law |" in card
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_koff_run_scores_what_the_report_says(
+    place: Path, memory: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = read_json(place / "run" / "report.json")["rows"]
+    row = next(r for r in rows if r["method"] == "koff" and (r["memory"] == "none") == (memory is None))
+    for domain in ("law", "code") if memory is None else (memory,):
+        lines = place / "run" / "domains" / f"{domain}.heldout.jsonl"
+        options = ["--score", str(lines), "--json", *(["--memory", memory] if memory else [])]
+        capsys.readouterr()
+        assert koff_run([str(place / "run" / "bundle"), *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["perplexity"] == pytest.approx(row["perplexity"][domain], rel=1e-3)
+        assert found["windows"] == 8
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_greedy_tokens_and_logits_are_torchs(bundle: Path, memory: str | None) -> None:
+    runtime = Runtime.open(bundle)
+    model = load_bundle(bundle, memory)
+    for seed in range(3):
+        ids = token_ids(1, 3 + seed, seed=seed)
+        with torch.no_grad():
+            wanted = model.generate(
+                ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=1
+            )
+            logits = model(input_ids=ids, use_cache=False).logits[0].numpy()
+        assert np.abs(runtime.logits(ids[0].tolist(), memory) - logits).max() < 1e-3
+        assert greedy(runtime, ids[0].tolist(), memory, 16) == wanted[0].tolist()
+
+
+def greedy(runtime: Runtime, tokens: list[int], memory: str | None, count: int) -> list[int]:
+    for _ in range(count):
+        tokens = [*tokens, int(runtime.logits(tokens, memory)[-1].argmax())]
+    return tokens
+
+
+def test_memories_differ_and_a_batch_generates(bundle: Path) -> None:
+    ids = token_ids(2, 6)
+    found = []
+    for memory in MEMORIES:
+        model = load_bundle(bundle, memory)
+        with torch.no_grad():
+            found.append(model(input_ids=ids, use_cache=False).logits)
+            assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 9)
+    for n in range(3):
+        assert (found[n] - found[n - 1]).abs().max() > 1e-2
+
+
+def test_peft_opens_a_memorys_folder(bundle: Path, place: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="size mismatch"):  # it was cut to another shape
+        PeftModel.from_pretrained(dense, bundle / "memories" / "law")
+    opened = PeftModel.from_pretrained(load_backbone(bundle), bundle / "memories" / "law")
+    assert any("lora_B" in n for n, _ in opened.named_parameters())
+
+
+def test_an_unknown_memory_is_told(bundle: Path) -> None:
+    with pytest.raises(KoffError, match="memory 'sea': not in .*; it has law, code"):
+        load_bundle(bundle, "sea")
+
+
+def stamped(folder: Path, **changes: Any) -> None:
+    """Writes the manifest again, checksums and all, as somebody who knows the format would."""
+    manifest = {k: v for k, v in read_json(folder / "koff.json").items() if k not in ("format", "files")}
+    write_manifest(folder, {**manifest, **changes})
+
+
+def edit_plan(folder: Path) -> None:
+    data = read_json(folder / "plan.json")
+    data["layers"][0]["ffn_neurons"] = data["layers"][0]["ffn_neurons"][1:]
+    (folder / "plan.json").write_text(json.dumps(data))
+
+
+def other_plan(folder: Path) -> None:
+    data = read_json(folder / "plan.json")
+    data["layers"][0]["ffn_neurons"] = data["layers"][0]["ffn_neurons"][1:]
+    fields = {k: v for k, v in data.items() if k not in ("format", "digest")}
+    Plan(**fields).save(folder / "plan.json")
+    stamped(folder)
+
+
+def edit_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def stamped_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    state["model.norm.weight"] = state["model.norm.weight"] * 1.5
+    save_file(state, file, metadata={"format": "pt"})
+    stamped(folder)
+
+
+def edit_memory(folder: Path) -> None:
+    file = folder / "memories" / "law" / "kv.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def foreign_memory(folder: Path) -> None:
+    file = folder / "memories" / "law" / "kv.safetensors"
+    save_file({k: t[:, :, :4].contiguous() for k, t in load_file(file).items()}, file)
+    stamped(folder)
+
+
+def swapped_adapter(folder: Path) -> None:
+    adapters = folder / "onnx" / "memories"
+    (adapters / "law.onnx_adapter").write_bytes((adapters / "code.onnx_adapter").read_bytes())
+    stamped(folder)
+
+
+def cut_adapter(folder: Path) -> None:
+    file = folder / "onnx" / "memories" / "law.onnx_adapter"
+    file.write_bytes(file.read_bytes()[:100])
+    stamped(folder)
+
+
+def newer_format(folder: Path) -> None:
+    data = read_json(folder / "koff.json")
+    (folder / "koff.json").write_text(json.dumps({**data, "format": 2}))
+
+
+TAMPERINGS: list[tuple[Callable[[Path], object], str]] = [
+    (edit_plan, "plan.json"),
+    (other_plan, "plan.json is not the plan that koff.json names"),
+    (edit_weights, "model.safetensors"),
+    (stamped_weights, "ONNX differs from torch"),
+    (edit_memory, "kv.safetensors"),
+    (foreign_memory, "kv|KV"),
+    (swapped_adapter, "with memory law ONNX differs from torch"),
+    (cut_adapter, "law"),
+    (newer_format, "format"),
+    (lambda f: (f / "plan.json").unlink(), "plan.json"),
+    (lambda f: (f / "koff.json").write_text("{"), "koff.json"),
+    (lambda f: shutil.rmtree(f / "onnx" / "memories"), "onnx"),
+    (lambda f: (f / "extra.pkl").write_bytes(b"x"), "extra.pkl"),
+    (lambda f: stamped(f, parameters={"dense": 1, "slim": 1}, plan="0"), "plan.json"),
+]
+
+
+@pytest.mark.parametrize(
+    ("tamper", "says"), TAMPERINGS, ids=[f.__name__ + str(n) for n, (f, _) in enumerate(TAMPERINGS)]
+)
+def test_tampering_is_one_sentence(
+    copy: Path, tamper: Callable[[Path], object], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tamper(copy)
+    one_sentence(koff_prune(capsys, "verify", copy), says)
+
+
+def one_sentence(answer: Answer, says: str) -> None:
+    import re
+
+    assert answer.code == 2, answer.err
+    lines = [line for line in answer.err.splitlines() if "Loading weights" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), answer.err
+    assert re.search(says, lines[0]), lines[0]
+    assert "Traceback" not in answer.err and answer.out == ""
+
+
+def test_what_is_no_bundle_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_sentence(koff_prune(capsys, "verify", tmp_path / "nothing"), "nothing")
+    one_sentence(koff_prune(capsys, "verify", tmp_path), "koff.json")
+    with pytest.raises(KoffError):
+        load_bundle(tmp_path)
+
+
+def test_exporting_other_formats_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`export` is no part of what a run is: the same run exports anew."""
+    shutil.copytree(place / "run", place / "plain")
+    answer = koff_prune(
+        capsys, "export", place / "recipe.yaml", "--out", place / "plain", "--resume",
+        "--set", "export.formats=[safetensors]",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    manifest = read_json(place / "plain" / "bundle" / "koff.json")
+    assert manifest["graph"] is None and not (place / "plain" / "bundle" / "onnx").exists()
+    assert koff_prune(capsys, "verify", place / "plain" / "bundle").code == 0

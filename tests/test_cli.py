@@ -1,0 +1,317 @@
+"""The command line: every mistake is one line and exit code 2, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from run_helpers import Answer, koff_prune, recipe_of
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from koff_prune.learn import LearnTrainer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("place")
+    recipe_of(folder)
+    return folder
+
+
+def mistake(answer: Answer, *says: str) -> None:
+    assert answer.code == 2, (answer.code, answer.err)
+    assert "Traceback" not in answer.err
+    errors = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, answer.err
+    assert answer.err.splitlines()[-1] == errors[0]
+    for text in says:
+        assert text in errors[0], errors[0]
+
+
+def empty(folder: Path) -> bool:
+    return not folder.exists() or not [p for p in folder.iterdir() if p.name != ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("learn.tokns=5", "did you mean `learn.tokens`"),
+        ("learn.tokens=many", "must be a whole number"),
+        ("structure.sparsity=1.5", "less than 1"),
+        ("domains.law.source=nowhere", "nowhere"),
+        ("model.source=./nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_in_the_recipe(
+    place: Path, tmp_path: Path, override: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    mistake(koff_prune(capsys, "apply", place / "recipe.yaml", "--out", out, "--set", override), says)
+    assert empty(out)
+
+
+def test_two_mistakes_are_two_lines(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = koff_prune(
+        capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "out",
+        "--set", "learn.tokens=many", "--set", "structure.sparsity=2",
+    )  # fmt: skip
+    assert answer.code == 2
+    assert [line[:7] for line in answer.err.splitlines()] == ["error: "] * 2
+
+
+def test_a_missing_or_foreign_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mistake(koff_prune(capsys, "plan", tmp_path / "none.yaml"), "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    mistake(koff_prune(capsys, "plan", tmp_path / "list.yaml"), "must be a mapping")
+
+
+def test_a_domain_named_twice(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (place / "recipe.yaml").read_text().replace("domains:\n", "domains:\n  law: {source: code}\n")
+    (place / "twice.yaml").write_text(text)
+    mistake(koff_prune(capsys, "plan", place / "twice.yaml"), "law")
+
+
+def test_folders_that_belong_to_others(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, recipe = tmp_path / "out", place / "recipe.yaml"
+    assert koff_prune(capsys, "learn", recipe, "--out", out).code == 0
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
+    mistake(koff_prune(capsys, "learn", recipe, "--out", out), "--resume")
+    mistake(
+        koff_prune(capsys, "learn", recipe, "--out", out, "--resume", "--set", "seed=9"), "another recipe"
+    )
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    for flags in ([], ["--resume"]):
+        mistake(koff_prune(capsys, "learn", recipe, "--out", foreign, *flags), "not empty")
+    assert [p.name for p in foreign.iterdir() if p.name != ".lock"] == ["thesis.tex"]
+    (tmp_path / "file").write_text("")
+    mistake(koff_prune(capsys, "learn", recipe, "--out", tmp_path / "file"), "file")
+
+
+def test_two_at_once(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from filelock import FileLock
+
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        mistake(
+            koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "out"),
+            "another koff-prune",
+        )
+
+
+def test_an_unreachable_sparsity(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    sets = ["--set", "structure.sparsity=0.9"]
+    mistake(
+        koff_prune(capsys, "apply", place / "recipe.yaml", "--out", out, *sets),
+        "structure.sparsity 0.9",
+        "nearest",
+    )
+    assert not (out / "gates.safetensors").exists(), "told only after the training"
+
+
+def test_too_short_a_text(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["--set", "evaluate.tokens=4000000"]
+    mistake(
+        koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "o", *sets),
+        "held-out",
+        "too short",
+    )
+    (tmp_path / "empty.txt").write_text("")
+    sets = ["--set", f"domains.law.source={tmp_path / 'empty.txt'}"]
+    mistake(koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "p", *sets), "empty.txt")
+
+
+def test_models_that_cannot_be_cut(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=258))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    sets = ["--set", f"model.source={tmp_path / 'gpt2'}"]
+    mistake(koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "o", *sets), "gpt2")
+    mistake(koff_prune(capsys, "plan", "--dry-run", place / "recipe.yaml", *sets), "gpt2")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (place / "model").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    sets = ["--set", f"model.source={broken}"]
+    mistake(koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "p", *sets), "safetensors")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    sets = ["--set", f"model.source={tmp_path / 'x.gguf'}"]
+    mistake(koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "q", *sets), "GGUF")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    mistake(
+        koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "closed" / "out"), "permission"
+    )
+
+
+@pytest.mark.parametrize(
+    "victim", ["recipe.yaml", "statistics.safetensors", "gates.safetensors", "plan.json"]
+)
+def test_a_full_disk_when_a_file_is_renamed(
+    place: Path,
+    tmp_path: Path,
+    victim: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    replace = os.replace
+
+    def full(source: str, target: str) -> None:
+        if Path(target).name == victim:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(os, "replace", full)
+    mistake(koff_prune(capsys, "cut", place / "recipe.yaml", "--out", out), "the disk is full")
+    assert not (out / victim).exists() and not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
+    monkeypatch.setattr(os, "replace", replace)
+    assert koff_prune(capsys, "cut", place / "recipe.yaml", "--out", out, "--resume").code == 0
+    assert (out / "backbone" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("where", ["save_backbone", "save_memory"])
+def test_a_full_disk_inside_a_stage(
+    place: Path,
+    tmp_path: Path,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import koff_prune.stages as stages
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, where, full)
+        mistake(koff_prune(capsys, "cut", place / "recipe.yaml", "--out", out), "the disk is full")
+    assert not (out / "backbone").exists()
+    assert not [p for p in out.iterdir() if ".tmp" in p.name]
+
+
+def test_a_full_disk_inside_a_checkpoint(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: LearnTrainer, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnTrainer, "_save", full)
+        mistake(koff_prune(capsys, "learn", place / "recipe.yaml", "--out", out), "the disk is full")
+    assert koff_prune(capsys, "learn", place / "recipe.yaml", "--out", out, "--resume").code == 0
+
+
+def test_an_interruption_says_how_to_continue(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: LearnTrainer, *args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LearnTrainer, "train", stop)
+    answer = koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "out")
+    assert answer.code == 130 and "--resume" in answer.err and "Traceback" not in answer.err
+
+
+def test_apply_prints_the_table(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = koff_prune(
+        capsys, "apply", place / "recipe.yaml", "--out", tmp_path / "out", "--set", "compare=[wanda]"
+    )
+    assert answer.code == 0, answer.err
+    for word in (
+        "dense",
+        "koff",
+        "wanda",
+        "law",
+        "code",
+        f"bundle: {tmp_path / 'out' / 'bundle'}",
+        "report.html",
+    ):
+        assert word in answer.out.replace("\n", ""), word
+
+
+def test_dry_run_needs_a_config_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((place / "model" / "config.json").read_bytes())
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    recipe["model"] = {"source": "some/model", "config": "config.json"}
+    recipe["domains"] = {"law": {"source": "not-here-yet.txt"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    answer = koff_prune(capsys, "plan", "--dry-run", tmp_path / "recipe.yaml")
+    assert answer.code == 0, answer.err
+    for word in ("ffn_neurons", "kv_groups (not pruned)", "dense model", "backbone", "one memory", "RAM"):
+        assert word in answer.out, word
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "recipe.yaml"]
+    answer = koff_prune(
+        capsys, "plan", "--dry-run", tmp_path / "recipe.yaml", "--set", "structure.sparsity=0.9"
+    )
+    mistake(answer, "nearest")
+
+
+def test_dry_run_counts_one_memory_rightly(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from model_helpers import tiny_config, tiny_model
+
+    from koff_prune.dry_run import memory_parameters
+    from koff_prune.memory import Memories
+    from koff_prune.reading import load_recipe
+    from koff_prune.stages import dry_plan
+
+    recipe = load_recipe(place / "recipe.yaml")
+    found = dry_plan(recipe)
+    model = tiny_model(num_hidden_layers=2)
+    full = Memories(model, recipe.memory, {"law": torch.arange(4)}, 0).count("law")
+    removed = 96 - sum(found["plan"].widths_of("ffn_neurons"))
+    assert (
+        memory_parameters(recipe, tiny_config(num_hidden_layers=2), found["plan"]) == full - removed * 2 * 3
+    )
+
+
+def test_schema_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = koff_prune(capsys, "schema")
+    assert json.loads(answer.out)["properties"]["learn"]
+    answer = koff_prune(capsys, "--help")
+    for command in ("apply", "learn", "plan", "cut", "export", "compare", "schema", "verify"):
+        assert command in answer.out
+        assert koff_prune(capsys, command, "--help").code == 0
+    answer = koff_prune(capsys, "aply")
+    assert answer.code == 2 and "Traceback" not in answer.err
+
+
+def test_help_needs_neither_torch_nor_a_second() -> None:
+    code = "import sys; from koff_prune.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'numpy', 'koff_prune.api'} & set(sys.modules)"
+    for arguments in (["--help"], ["apply", "--help"]):
+        begun = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - begun < 5  # under a second on an idle machine
+
+
+def test_public_names_are_functions_whatever_was_imported_before() -> None:
+    code = "import koff_prune, koff_prune.learn, koff_prune.plan, koff_prune.cut, koff_prune.compare\n"
+    code += "from koff_prune.learn import train\n"
+    code += "assert all(callable(getattr(koff_prune, n)) for n in koff_prune.__all__ if n != '__version__')\n"
+    code += "from koff_prune import learn, plan, cut, compare\nassert learn.__module__ == 'koff_prune.api'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,176 @@
+"""Both forms of gates, the controller that holds the target, and where a gate sits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from model_helpers import memories_on, random_scores, tiny_model, token_ids
+from torch import nn
+
+from koff_prune.gates import BETA, GAMMA, ZETA, GateHooks, Gates
+from koff_prune.plan import choose, removed_parameters
+from koff_prune.recipe import Structure
+from koff_prune.units import KINDS, Units, read_units
+
+HARD, STRAIGHT = "hard_concrete", "straight_through"
+
+
+@pytest.fixture(scope="module")
+def units() -> Units:
+    return read_units(tiny_model())
+
+
+def gates_of(of: Units, form: str, *, seed: int = 0, start: bool = True, **structure: object) -> Gates:
+    section = Structure(**{"units": list(KINDS), "sparsity": 0.3, "of": "blocks", "round_to": 4, **structure})  # type: ignore[arg-type]
+    return Gates(of, section, form, random_scores(of) if start else None, seed)
+
+
+def test_draws_are_equal_for_equal_seed_and_step(units: Units) -> None:
+    def draws(seed: int, steps: list[int]) -> list[torch.Tensor]:
+        gates = gates_of(units, HARD, seed=seed)
+        found = []
+        for step in steps:
+            gates.advance(step, 0.1)
+            torch.rand(7)  # whatever else draws in between
+            found.append(gates.draw().detach().clone())
+        return found
+
+    first, again = draws(3, [0, 1, 2]), draws(3, [2, 0])
+    assert torch.equal(first[2], again[0]) and torch.equal(first[0], again[1])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    assert not torch.equal(first[1], draws(4, [1])[0])
+    gates = gates_of(units, HARD)
+    gates.advance(5, 0.1)
+    assert torch.equal(gates.draw(), gates.draw())
+
+
+def test_hard_concrete_is_the_papers_distribution(units: Units) -> None:
+    gates = gates_of(units, HARD)
+    with torch.no_grad():
+        gates.alpha.copy_(torch.linspace(-3, 3, len(gates.alpha)))
+    count, opened, gone = 4000, torch.zeros_like(gates.cost), 0.0
+    whole = units.denominator("blocks")
+    for step in range(count):
+        gates.advance(step, 0.0)
+        z = gates.draw().detach()
+        assert ((z >= 0) & (z <= 1)).all()
+        opened += z > 0
+        gone += float((gates.cost * (z == 0)).sum()) / whole
+    wanted = torch.sigmoid(gates.alpha.detach() - BETA * math.log(-GAMMA / ZETA))
+    assert (opened / count - wanted).abs().max() < 0.04  # five standard deviations
+    assert gone / count == pytest.approx(float(gates.expected_sparsity().detach()), abs=0.003)
+
+
+def test_the_gradient_of_a_hard_concrete_draw(units: Units) -> None:
+    gates = gates_of(units, HARD)
+    gates.advance(1, 0.2)
+    gates.draw().sum().backward()
+    z, grad = gates.draw().detach(), gates.alpha.grad
+    assert grad is not None
+    inside = (z > 0) & (z < 1)
+    s = (z - GAMMA) / (ZETA - GAMMA)
+    assert torch.allclose(grad[inside], ((ZETA - GAMMA) * s * (1 - s) / BETA)[inside], atol=1e-4)
+    assert (grad[~inside] == 0).all() and inside.any() and (~inside).any()
+
+
+@pytest.mark.parametrize("widths", ["per_layer", "uniform"])
+def test_the_augmented_lagrangian_reaches_its_target(units: Units, widths: str) -> None:
+    gates = gates_of(units, HARD, widths=widths, units=["ffn_neurons"], sparsity=0.2)
+    ascent = {"params": [gates.lagrange], "lr": 0.5, "maximize": True}
+    optimizer = torch.optim.Adam([{"params": [gates.alpha], "lr": 0.05}, ascent])
+    for step in range(400):
+        gates.advance(step, 0.2 * min(1.0, (step + 1) / 100))
+        optimizer.zero_grad()
+        gates.penalty().backward()
+        optimizer.step()
+    assert float(gates.expected_sparsity().detach()) == pytest.approx(0.2, abs=0.02)
+    if widths == "uniform":
+        closed = gates.cost * (1 - torch.sigmoid(gates.alpha.detach() - BETA * math.log(-GAMMA / ZETA)))
+        each = [float(closed[a:b].sum()) * 3 / units.block_parameters for _, _, a, b in gates.slots]
+        assert each == pytest.approx([0.2] * 3, abs=0.03)
+
+
+def test_straight_through_is_the_hard_mask_with_the_gradient_of_sigma(units: Units) -> None:
+    gates = gates_of(units, STRAIGHT)
+    gates.advance(0, 0.2)
+    z = gates.draw()
+    assert set(z.detach().unique().tolist()) <= {0.0, 1.0}
+    kept = choose(gates.scores(), units, gates.structure, 0.2)
+    assert torch.equal(z.detach().bool(), gates.mask(kept))
+    z.sum().backward()
+    soft = torch.sigmoid(gates.alpha.detach())
+    assert gates.alpha.grad is not None
+    assert torch.allclose(gates.alpha.grad, soft * (1 - soft))
+    assert float(gates.penalty()) == 0.0
+    expected = removed_parameters(kept, units) / units.block_parameters
+    assert float(gates.expected_sparsity()) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", [HARD, STRAIGHT])
+@pytest.mark.parametrize("kinds", [["ffn_neurons"], ["ffn_neurons", "kv_groups"]], ids=["ffn", "both"])
+@pytest.mark.parametrize("widths", ["per_layer", "uniform"])
+def test_unlearned_gates_choose_what_their_start_chooses(
+    units: Units, form: str, widths: str, kinds: list[str]
+) -> None:
+    for seed in range(20):  # scores as uneven as real ones
+        uneven = {
+            kind: [(8 * t).exp() for t in layers] for kind, layers in random_scores(units, seed).items()
+        }
+        section = Structure(units=kinds, sparsity=0.3, of="blocks", round_to=4, widths=widths)  # type: ignore[arg-type]
+        gates = Gates(units, section, form, uneven, 0)
+        assert gates.kept() == choose(uneven, units, section, 0.3)
+        assert gates.kept(0.1) == choose(uneven, units, section, 0.1)
+    assert gates.alpha.dtype == torch.float32
+
+
+def test_hard_concrete_gates_start_open(units: Units) -> None:
+    assert float(gates_of(units, HARD).expected_sparsity().detach()) < 0.05
+    assert float(gates_of(units, HARD, start=False).expected_sparsity().detach()) < 0.05
+
+
+@pytest.mark.parametrize("form", [HARD, STRAIGHT])
+def test_a_gate_multiplies_the_input_of_its_consumer_as_peft_wrapped_it(units: Units, form: str) -> None:
+    model = tiny_model()
+    memories = memories_on(model, kv=False)
+    seen: dict[str, torch.Tensor] = {}
+    handles = []
+    for i, layer in enumerate(model.model.layers):
+        for name, module in (("ffn_neurons", layer.mlp.down_proj), ("kv_groups", layer.self_attn.o_proj)):
+            for part, inner in (("base", module.get_base_layer()), ("lora", module.lora_A["koff:law"])):
+
+                def record(m: nn.Module, args: tuple[torch.Tensor], key: str = f"{i}.{name}.{part}") -> None:
+                    seen[key] = args[0].detach()
+
+                handles.append(inner.register_forward_pre_hook(record))
+    hooks = GateHooks(memories.model, units)
+    gates = gates_of(units, form)
+    gates.advance(7, 0.3)
+    z = gates.draw().detach()
+    ids = token_ids(1, 9)
+    memories.activate("law")
+    hooks.set(gates, z)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    gated = dict(seen)
+    for i, kind, a, b in gates.slots:
+        closed = z[a:b] == 0
+        width = 1 if kind == "ffn_neurons" else units.layers[i].queries * units.layers[i].head_dim
+        channels = closed.repeat_interleave(width)
+        for part in ("base", "lora"):
+            x = gated[f"{i}.{kind}.{part}"]
+            assert (x[..., channels] == 0).all()
+            assert (x[..., ~channels] != 0).any()
+    # layer 0's attention sees the same input with gates off: there the gate is an exact factor
+    with torch.no_grad(), hooks.off():
+        model(input_ids=ids, use_cache=False)
+    factor = z[[a for i, kind, a, _ in gates.slots if (i, kind) == (0, "kv_groups")][0] :][
+        :2
+    ].repeat_interleave(16)
+    assert torch.allclose(gated["0.kv_groups.lora"], seen["0.kv_groups.lora"] * factor)
+    assert (z == 0).any()
+    hooks.remove()
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert (seen["0.ffn_neurons.base"] != 0).all()

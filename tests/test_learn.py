@@ -1,0 +1,259 @@
+"""The joint training: what moves, what does not, under which mask, and what a checkpoint carries."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_helpers import memories_on, random_scores, tiny_model, tiny_shape, token_ids
+from transformers import PreTrainedModel
+
+from koff_export.errors import KoffError
+from koff_prune.compensate import Compensation
+from koff_prune.gates import Gates
+from koff_prune.learn import DomainWindows, Learner, LearnTrainer, Phase, steps_of, train, whole_checkpoints
+from koff_prune.memory import Memories
+from koff_prune.recipe import Learn, Structure
+from koff_prune.scores import collect
+from koff_prune.units import KINDS, read_units
+
+WINDOW, BATCH, STEPS = 16, 2, 4
+WINDOWS = {
+    "law": token_ids(6, WINDOW),
+    "law2": token_ids(5, WINDOW, seed=1),
+    "v1.5": token_ids(7, WINDOW, seed=2),
+}
+TOKENS = STEPS * BATCH * WINDOW * len(WINDOWS)
+
+
+def section(**options: Any) -> Learn:
+    return Learn(**{"window": WINDOW, "batch": BATCH, "tokens": TOKENS, "checkpoint_steps": 2, **options})
+
+
+def checksum(model: PreTrainedModel) -> str:
+    """Over every weight that is not a memory's, PEFT's names undone."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        if "lora_" not in name:
+            digest.update(name.replace(".base_layer", "").encode() + p.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def start(form: str = "straight_through", shape: str = "llama", **parts: bool) -> tuple[Memories, Gates]:
+    model = tiny_shape(shape)
+    units = read_units(model)
+    structure = Structure(units=list(KINDS), sparsity=0.3, of="blocks", round_to=4)
+    gates = Gates(units, structure, form, random_scores(units), 0)
+    return memories_on(model, tuple(WINDOWS), **parts), gates
+
+
+def learn(folder: Path, form: str = "straight_through", **options: Any) -> tuple[Memories, Gates]:
+    memories, gates = start(form)
+    train(memories, WINDOWS, section(**options), Phase(TOKENS, 0.0, 0.5), folder, gates=gates, sparsity=0.3)
+    return memories, gates
+
+
+def everything(memories: Memories) -> dict[str, torch.Tensor]:
+    return {
+        f"{d}/{part}/{k}": t
+        for d in memories.domains
+        for part, group in memories.tensors(d).items()
+        for k, t in group.items()
+    }
+
+
+@pytest.mark.parametrize("loss", [{"ce": 1.0, "kl": 0.0}, {"ce": 0.5, "kl": 1.0}], ids=["ce", "ce+kl"])
+@pytest.mark.parametrize("form", ["straight_through", "hard_concrete"])
+def test_the_base_stays_and_everything_else_moves(form: str, loss: dict[str, float], tmp_path: Path) -> None:
+    memories, gates = start(form)
+    before, alpha = everything(memories), gates.alpha.detach().clone()
+    base = checksum(memories.base)
+    told: list[tuple[int, float, float | None]] = []
+    trained = train(
+        memories, WINDOWS, section(loss=loss), Phase(TOKENS, 0.0, 1.0), tmp_path, gates=gates, sparsity=0.3,
+        report=lambda *told_now: told.append(told_now),
+    )  # fmt: skip
+    assert trained == TOKENS
+    assert [step for step, _, _ in told] == [1, 2, 3, 4]
+    assert all(loss == loss and sparsity is not None for _, loss, sparsity in told)
+    assert checksum(memories.base) == base == checksum(tiny_shape("llama"))
+    after = everything(memories)
+    assert set(after) == set(before)
+    for name, tensor in after.items():
+        if "/kv/" in name:
+            assert torch.equal(tensor[:, 0], before[name][:, 0]), f"{name}: the sink moved"
+            tensor, before[name] = tensor[:, 1:], before[name][:, 1:]
+        assert not torch.equal(tensor, before[name]), f"{name} did not move"
+    assert ((gates.alpha - alpha) != 0).float().mean() > 0.9
+    assert memories.active is None
+    assert not any(m._forward_pre_hooks for m in memories.base.model.layers.modules())
+
+
+def test_a_fixed_plan_trains_memories_alone(tmp_path: Path) -> None:
+    memories, _ = start()
+    before = everything(memories)
+    train(memories, WINDOWS, section(), Phase(TOKENS, 0.5, 1.0), tmp_path)
+    assert all(not torch.equal(t, before[k]) for k, t in everything(memories).items())
+
+
+@pytest.mark.parametrize("form", ["straight_through", "hard_concrete"])
+def test_one_draw_per_step_for_all_domains_and_one_step_for_all(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories, gates = start(form)
+    seen: list[tuple[str, torch.Tensor]] = []
+    grads: list[set[str]] = []
+    forward = Learner.forward
+
+    def spy(self: Any, input_ids: torch.Tensor, domain: torch.Tensor) -> torch.Tensor:
+        result = forward(self, input_ids, domain)
+        assert len(set(domain.tolist())) == 1 and len(input_ids) == BATCH
+        assert self.hooks.z
+        seen.append(
+            (memories.domains[int(domain[0])], torch.cat(list(self.hooks.z.values())).detach().clone())
+        )
+        return result
+
+    create = LearnTrainer.create_optimizer
+
+    def with_spy(self: LearnTrainer, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = create(self, *args, **kwargs)
+        step = optimizer.step
+
+        def stepped(*a: Any, **k: Any) -> Any:
+            moved = {d for d, kv in memories.kv.items() if all(p.grad is not None for p in kv.parameters())}
+            moved = {d for d in moved if float(memories.kv[d].keys[0].grad.abs().sum()) > 0}
+            assert all(p.grad is not None for p in memories.lora_parameters())
+            grads.append(moved)
+            return step(*a, **k)
+
+        optimizer.step = stepped  # type: ignore[method-assign]
+        return optimizer
+
+    monkeypatch.setattr(Learner, "forward", spy)
+    monkeypatch.setattr(LearnTrainer, "create_optimizer", with_spy)
+    train(memories, WINDOWS, section(), Phase(TOKENS, 0.0, 1.0), tmp_path, gates=gates, sparsity=0.3)
+    assert [d for d, _ in seen] == list(WINDOWS) * STEPS
+    for step in range(STEPS):
+        masks = [z for _, z in seen[3 * step : 3 * step + 3]]
+        assert torch.equal(masks[0], masks[1]) and torch.equal(masks[1], masks[2])
+    assert not torch.equal(seen[0][1], seen[3][1])
+    assert grads == [set(WINDOWS)] * STEPS
+
+
+def test_the_loss_is_the_mean_over_domains(tmp_path: Path) -> None:
+    """The first step's reported loss and gradient scale, against plain torch."""
+    memories, _ = start()
+    told: list[float] = []
+    plain = []
+    order = DomainWindows(WINDOWS, 1, BATCH, 0)
+    for n, domain in enumerate(WINDOWS):
+        memories.activate(domain)
+        rows = torch.stack([order[n * BATCH + r]["input_ids"] for r in range(BATCH)])
+        with torch.no_grad():
+            plain.append(float(memories.base(input_ids=rows, labels=rows, use_cache=False).loss))
+    memories.activate(None)
+    train(memories, WINDOWS, section(), Phase(TOKENS // STEPS, 0.0, 1.0), tmp_path,
+          report=lambda step, loss, sparsity: told.append(loss))  # fmt: skip
+    assert told == [pytest.approx(sum(plain) / 3, rel=1e-4)]
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain, _ = learn(tmp_path / "plain", "hard_concrete")
+    saved, _ = learn(tmp_path / "saved", "hard_concrete", gradient_checkpointing=True)
+    a, b = everything(plain), everything(saved)
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+def test_gates_of_learning_rate_0_stay(tmp_path: Path) -> None:
+    _, gates = learn(tmp_path, gates={"learning_rate": 0.0})
+    _, fresh = start()
+    assert torch.equal(gates.alpha, fresh.alpha)
+
+
+def test_learning_under_compensation_leaves_the_weights(tmp_path: Path) -> None:
+    model = tiny_model()
+    units = read_units(model)
+    compensation = Compensation(collect(model, units, KINDS, token_ids(4, 16)).second, 0.01, units)
+    results = []
+    for solve in (compensation, None):
+        memories, gates = start()
+        base = checksum(memories.base)
+        train(memories, WINDOWS, section(), Phase(TOKENS, 0.0, 1.0), tmp_path / str(solve is None),
+        gates=gates,
+              compensation=solve, sparsity=0.3)  # fmt: skip
+        assert checksum(memories.base) == base
+        assert not any(m._forward_hooks for m in memories.base.model.layers.modules())
+        results.append(gates.alpha.detach())
+    assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize("form", ["straight_through", "hard_concrete"])
+def test_resumed_equals_uninterrupted_and_half_a_checkpoint_is_ignored(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, whole_gates = learn(tmp_path / "whole", form)
+    save = LearnTrainer._save
+
+    def stops(self: LearnTrainer, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        if self.state.global_step == 4:
+            raise RuntimeError("stopped while a checkpoint is written")
+
+    monkeypatch.setattr(LearnTrainer, "_save", stops)
+    with pytest.raises(RuntimeError, match="stopped"):
+        learn(tmp_path / "cut", form)
+    assert [p.name for p in whole_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
+    half = tmp_path / "cut" / "checkpoint-3"  # what a kill would leave behind
+    half.mkdir()
+    (half / "state.safetensors").write_bytes(b"half")
+    (tmp_path / "cut" / ".writing" / "checkpoint-4").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(LearnTrainer, "_save", save)
+    steps: list[int] = []
+    memories, gates = start(form)
+    train(memories, WINDOWS, section(), Phase(TOKENS, 0.0, 0.5), tmp_path / "cut", gates=gates, sparsity=0.3,
+          report=lambda step, *rest: steps.append(step))  # fmt: skip
+    assert steps == [3, 4]
+    a, b = everything(whole), everything(memories)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert torch.equal(gates.alpha, whole_gates.alpha)
+    assert torch.equal(gates.lagrange, whole_gates.lagrange)
+
+
+def test_a_finished_training_is_only_read_back(tmp_path: Path) -> None:
+    first, gates = learn(tmp_path)
+    again, gates_again = learn(tmp_path)
+    a, b = everything(first), everything(again)
+    assert all(torch.equal(a[k], b[k]) for k in a) and torch.equal(gates.alpha, gates_again.alpha)
+
+
+def test_a_loss_that_is_not_finite_is_told(tmp_path: Path) -> None:
+    memories, gates = start()
+    with torch.no_grad():
+        memories.kv["law"].values[0].fill_(float("inf"))
+    with pytest.raises(KoffError, match="learn: the loss is nan.*lower learn.rates"):
+        train(memories, WINDOWS, section(), Phase(TOKENS, 0, 1), tmp_path, gates=gates, sparsity=0.3)
+
+
+def test_windows_are_shuffled_passes_over_every_domain() -> None:
+    order = DomainWindows(WINDOWS, 6, BATCH, 0)
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in WINDOWS}
+    for n in range(len(order)):
+        item = order[n]
+        rows[list(WINDOWS)[int(item["domain"])]].append(item["input_ids"])
+    for name, seen in rows.items():
+        assert len(seen) == 6 * BATCH
+        first = {tuple(t.tolist()) for t in seen[: len(WINDOWS[name])]}
+        assert first == {tuple(t.tolist()) for t in WINDOWS[name]}
+    again = DomainWindows(WINDOWS, 6, BATCH, 0)
+    assert all(torch.equal(again[n]["input_ids"], order[n]["input_ids"]) for n in (17, 3, 30))
+
+
+def test_steps() -> None:
+    learn = Learn(window=16, batch=2)
+    assert steps_of(0, learn, 3) == 0 and steps_of(96, learn, 3) == 1 and steps_of(200, learn, 3) == 2
+    assert train(start()[0], WINDOWS, section(), Phase(0, 0, 1), Path("never-made")) == 0
+    assert not Path("never-made").exists()

@@ -1,0 +1,254 @@
+"""Whole runs in miniature: repeatable, resumable after any interruption, and koff at rate 0 is its start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_helpers import tiny_config
+from run_helpers import koff_prune, memory_bytes, recipe_of
+
+import koff_prune as package
+from koff_export.files import read_json, sha256_file
+from koff_prune.learn import LearnTrainer, whole_checkpoints
+from koff_prune.plan import Plan
+
+# Runs koff-prune in a process of its own that kills itself at the named point.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+point = sys.argv.pop(1)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+import koff_prune.bundling, koff_prune.stages
+from koff_prune.learn import LearnTrainer as trainer
+save = trainer._save_checkpoint
+def after(self, *a, **k):
+    save(self, *a, **k)
+    die()
+def inside(self, output_dir=None, state_dict=None):
+    assert ".writing" in str(output_dir)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    (Path(output_dir) / "state.safetensors").write_bytes(b"half")
+    die()
+if point == "learn":
+    trainer._save_checkpoint = after
+elif point == "checkpoint":
+    trainer._save = inside
+elif point == "cut":
+    koff_prune.stages.copy_tokenizer = lambda *a: die()
+elif point == "export":
+    koff_prune.bundling.write_manifest = lambda *a: die()
+from koff_prune.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    recipe_of(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """An uninterrupted run."""
+    torch.set_num_threads(1)
+    return package.apply(place / "recipe.yaml", place / "whole")
+
+
+def same(a: Path, b: Path) -> None:
+    """Two runs that ended alike: plan, memories, report, and every byte of the bundle."""
+    assert Plan.load(a / "plan.json") == Plan.load(b / "plan.json")
+    assert sha256_file(a / "gates.safetensors") == sha256_file(b / "gates.safetensors")
+    for domain in ("law", "code"):
+        for kind in ("learned", "memories"):
+            assert memory_bytes(a / kind, domain) == memory_bytes(b / kind, domain), (kind, domain)
+    manifests = [read_json(x / "bundle" / "koff.json") for x in (a, b)]
+    assert manifests[0]["files"] == manifests[1]["files"]
+    rows = [
+        [r["perplexity"] for r in read_json(x / "report.json")["rows"]]
+        for x in (a, b)
+        if (x / "report.json").exists()
+    ]
+    assert all(r == rows[0] for r in rows)
+
+
+def made(recipe: Path, out: Path) -> dict[str, Any]:
+    """report.json after `compare`."""
+    package.compare(recipe, out)
+    report: dict[str, Any] = read_json(out / "report.json")
+    return report
+
+
+def test_a_run_leaves_what_the_design_names(whole: Path) -> None:
+    for name in (
+        "recipe.yaml", "run.json", "gates.safetensors", "plan.json", "backbone/model.safetensors",
+        "report.json", "report.html", "bundle/koff.json", "memories/law/kv.safetensors",
+        "memories/code/adapter_config.json",
+    ):  # fmt: skip
+        assert (whole / name).is_file(), name
+    assert not [p for p in whole.rglob("*") if ".tmp" in p.name or p.suffix in (".pkl", ".pickle")]
+    plan = Plan.load(whole / "plan.json")
+    assert abs(plan.realised - 0.1) <= 0.002
+    backbone = package.load_backbone(whole / "bundle")
+    assert sum(p.numel() for p in backbone.parameters()) == plan.parameters["slim"]
+
+
+def test_the_report_has_the_recipes_rows(whole: Path) -> None:
+    report = read_json(whole / "report.json")
+    rows = [(r["method"], r["memory"]) for r in report["rows"]]
+    assert rows == [("dense", "none"), ("koff", "lora+kv"), ("koff", "none")]
+    for row in report["rows"]:
+        assert set(row["perplexity"]) == {"law", "code", "gmean"}
+        assert row["sparsity"]["realised"] == (
+            0.0 if row["method"] == "dense" else pytest.approx(0.1, abs=0.002)
+        )
+    koff, off = report["rows"][1:]
+    assert koff["tokens"] == {"score": 256, "learn": 384, "settle": 128}
+    assert koff["plan"] == off["plan"] == Plan.load(whole / "plan.json").digest
+    assert koff["perplexity"]["gmean"] != off["perplexity"]["gmean"]
+
+
+def test_the_same_recipe_and_seed_make_the_same_run(whole: Path, place: Path) -> None:
+    same(whole, package.apply(place / "recipe.yaml", place / "again"))
+
+
+def test_another_seed_makes_another(whole: Path, place: Path) -> None:
+    text = (place / "recipe.yaml").read_text()
+    (place / "seed.yaml").write_text("seed: 5\n" + text)
+    other = package.learn(place / "seed.yaml", place / "other")
+    assert sha256_file(other / "gates.safetensors") != sha256_file(whole / "gates.safetensors")
+
+
+def test_stage_after_stage_is_the_whole(whole: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "stages"
+    for n, stage in enumerate(("learn", "plan", "cut", "compare", "export")):
+        answer = koff_prune(capsys, stage, place / "recipe.yaml", "--out", out, *["--resume"] * bool(n))
+        assert answer.code == 0, answer.err
+        if stage == "plan":
+            assert Plan.load(out / "plan.json").digest in answer.out
+        assert (out / "bundle").exists() == (stage == "export")
+    same(whole, out)
+
+
+def test_a_finished_run_answers_at_once(whole: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(LearnTrainer, "train", never)
+    before = {p: p.stat().st_mtime_ns for p in (whole / "bundle").rglob("*")}
+    package.apply(place / "recipe.yaml", whole, resume=True)
+    assert before == {p: p.stat().st_mtime_ns for p in (whole / "bundle").rglob("*")}
+
+
+def test_kill_9_anywhere_then_resume(whole: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One run killed four times: after a checkpoint, inside one, in cut and in export."""
+    out = place / "killed"
+    for point in ("learn", "checkpoint", "cut", "export"):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, point, "apply", str(place / "recipe.yaml"), "--out", str(out),
+             "--resume", "--threads", "1"],
+            capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == -9, done.stderr
+        learning = out / "checkpoints" / "learning"
+        if point == "learn":
+            assert [p.name for p in whole_checkpoints(learning)] == ["checkpoint-2"]
+        if point == "checkpoint":
+            assert (learning / ".writing").exists()
+            assert [p.name for p in whole_checkpoints(learning)] == ["checkpoint-2"]
+        assert (out / "gates.safetensors").exists() == (point in ("cut", "export"))
+        assert (out / "backbone").exists() == (point == "export")
+        assert not (out / "bundle").exists()
+    answer = koff_prune(capsys, "apply", place / "recipe.yaml", "--out", out, "--resume")
+    assert answer.code == 0, answer.err
+    same(whole, out)
+    assert not [p for p in out.iterdir() if ".tmp" in p.name or ".old" in p.name]
+
+
+@pytest.mark.parametrize("phase", ["learning", "settling"])
+def test_an_error_inside_a_checkpoint_then_resume(
+    whole: Path, place: Path, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = LearnTrainer._save
+
+    def breaks(self: LearnTrainer, *args: object, **kwargs: object) -> None:
+        save(self, *args, **kwargs)  # type: ignore[arg-type]
+        if self.args.output_dir.endswith(phase) and self.state.global_step >= (
+            4 if phase == "learning" else 2
+        ):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LearnTrainer, "_save", breaks)
+    out = place / f"broken-{phase}"
+    with pytest.raises(KeyboardInterrupt):
+        package.apply(place / "recipe.yaml", out)
+    monkeypatch.setattr(LearnTrainer, "_save", save)
+    same(whole, package.apply(place / "recipe.yaml", out, resume=True))
+
+
+@pytest.mark.parametrize("widths", ["per_layer", "uniform"])
+def test_koff_with_gate_rate_0_is_the_fisher_row(widths: str, tmp_path: Path) -> None:
+    rows = [{"method": "koff", "gates_learning_rate": 0, "learned_with": "none"}, "fisher"]
+    recipe = recipe_of(
+        tmp_path,
+        tiny_config(num_hidden_layers=2, intermediate_size=64),
+        compare=rows,
+        learn={"gates": {"start": "fisher"}},
+        structure={"round_to": 2, "widths": widths, "sparsity": 0.0766, "of": "total"}
+        if widths == "per_layer"
+        else {"round_to": 1, "widths": widths, "sparsity": 0.0863, "of": "total"},
+    )
+    report = made(recipe, tmp_path / "out")
+    still, fisher = report["rows"][-2:]
+    assert (still["method"], fisher["method"]) == ("koff", "fisher")
+    assert still["plan"] == fisher["plan"]
+    assert still["perplexity"] == fisher["perplexity"]
+    assert report["rows"][1]["plan"] != fisher["plan"]
+
+
+def test_every_method_and_both_rankings_share_the_road(tmp_path: Path) -> None:
+    asked: list[object] = [
+        "magnitude",
+        "wanda",
+        "taylor",
+        "random",
+        {"method": "fisher", "ranking": "per_layer"},
+    ]
+    asked += [
+        {"method": "dense", "trained_with": "same"},
+        {"method": "fisher", "trained_with": "lora", "compensate": "none"},
+        {"method": "koff", "learned_with": "none", "trained_with": "same"},
+        {"method": "koff", "gates_form": "hard_concrete", "learned_with": "kv", "trained_with": "kv"},
+        {"method": "wanda", "ranking": "better"},
+    ]
+    recipe = recipe_of(tmp_path, compare=asked, cut={"compensate": "none"})
+    report = made(recipe, tmp_path / "out")
+    rows = report["rows"]
+    methods = [r["method"] for r in rows[3:]]
+    assert methods[:9] == [
+        "magnitude",
+        "wanda",
+        "taylor",
+        "random",
+        "fisher",
+        "dense",
+        "fisher",
+        "koff",
+        "koff",
+    ]
+    ceiling = rows[8]
+    assert ceiling["sparsity"]["realised"] == 0 and ceiling["memory"] == "lora+kv"
+    assert ceiling["tokens"]["settle"] == rows[1]["tokens"]["learn"] + rows[1]["tokens"]["settle"] == 512
+    assert rows[9]["compensate"] == "none" and rows[9]["memory"] == "lora"
+    assert rows[10]["tokens"] == {"score": 256, "learn": 384, "settle": 512}
+    assert rows[11]["gates"] == "hard_concrete" and rows[11]["memory"] == "kv"
+    assert all(abs(r["sparsity"]["realised"] - 0.1) <= 0.002 for r in rows if r["method"] != "dense")
+    assert len({r["plan"] for r in rows}) >= 6
+    json.dumps(report, allow_nan=False)
