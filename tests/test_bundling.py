@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,24 @@ def test_exporting_other_formats_again(place: Path, capsys: pytest.CaptureFixtur
     manifest = read_json(place / "plain" / "bundle" / "koff.json")
     assert manifest["graph"] is None and not (place / "plain" / "bundle" / "onnx").exists()
     assert koff_prune(capsys, "verify", place / "plain" / "bundle").code == 0
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("use_bundle.py", ("{bundle}", "law", "the"), "the"),
+        ("run_on_device.py", ("{bundle}", "the"), "no memory: "),
+        ("compare_plans.py", ("{recipe}", "fisher", "fisher"), "100.0% of the"),
+    ],
+)
+def test_the_examples_run(place: Path, script: str, arguments: tuple[str, ...], expected: str) -> None:
+    recipe = next(place.glob("*.yaml"))
+    filled = [a.format(bundle=place / "run" / "bundle", recipe=recipe) for a in arguments]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, *filled], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout

@@ -74,6 +74,19 @@ def test_generate_equals_full_forwards(shape: str, parts: dict[str, bool]) -> No
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_a_text_read_in_two_parts_is_the_text(shape: str) -> None:
+    """Without position_ids, the second part stands behind the memory and the cached first part."""
+    memories = memories_on(tiny_shape(shape))
+    memories.activate("law")
+    ids, cache = token_ids(1, 9), DynamicCache()
+    with torch.no_grad():
+        whole = memories.base(input_ids=ids, use_cache=False).logits
+        memories.base(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+        rest = memories.base(input_ids=ids[:, 4:], past_key_values=cache, use_cache=True).logits
+    assert torch.allclose(rest, whole[:, 4:], atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_left_padding_changes_nothing(shape: str) -> None:
     model = tiny_shape(shape)
     memories = memories_on(model)
