@@ -168,6 +168,13 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{(error.strerror or str(error)).lower()}; nothing was lost, mend it and use --resume",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
     except MemoryError:
         print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(2)

@@ -88,7 +88,10 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path, *, resume: bool) -> None:
         self.recipe, self.folder = recipe, Path(folder)
         with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, FileNotFoundError) as error:
+                raise KoffError(f"{self.folder}: cannot be made a folder; choose another --out") from error
             self._lock = FileLock(self.folder / ".lock")
             try:
                 self._lock.acquire(timeout=0)
