@@ -172,8 +172,8 @@ def main() -> None:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{(error.strerror or str(error)).lower()}; nothing was lost, mend it and use --resume",
-              file=sys.stderr)  # fmt: skip
+        what = (error.strerror or str(error)).lower()
+        print(f"error: {where}{what}; nothing was lost, mend it and use --resume", file=sys.stderr)
         sys.exit(2)
     except MemoryError:
         print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
