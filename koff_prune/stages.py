@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from koff_prune.evaluate import window_losses
 from koff_prune.gates import Gates
 from koff_prune.learn import Phase, steps_of, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
-from koff_prune.plan import Plan, Scores, choose, make_plan
+from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
 from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind, Recipe
 from koff_prune.run import load_tensors, save_tensors
@@ -261,7 +261,7 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
         train_logged(run, memories, train_windows(run, skip), learn, phase, folder, label)
         with staged_dir(done) as aside:
             for name in memories.domains:
-                save_memory(aside / name, memories.tensors(name), memories.memory, recipe_source(run))
+                save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
         _drop_checkpoints(folder)
     for name in memories.domains:
         memories.load(name, load_memory(done / name))
@@ -272,11 +272,6 @@ def _drop_checkpoints(folder: Path) -> None:
     """What a finished stage no longer needs; its log stays."""
     for old in (folder / "checkpoints").glob("*/checkpoint-*"):
         shutil.rmtree(old)
-
-
-def recipe_source(run: Run) -> str:
-    """What PEFT's adapter_config.json names as the base: the backbone beside it."""
-    return str(run.dense.source)
 
 
 def train_logged(
@@ -361,17 +356,3 @@ def dry_plan(recipe: Any) -> dict[str, Any]:
     units = units_of_config(config)
     plan = even_plan(units, recipe)
     return {"units": units, "plan": plan, "config": config}
-
-
-__all__ = [
-    "Arm",
-    "arm_of",
-    "choose",
-    "cut_arm",
-    "dry_plan",
-    "learn_arm",
-    "losses_of",
-    "main_arm",
-    "plan_arm",
-    "replace",
-]

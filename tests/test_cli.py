@@ -101,7 +101,9 @@ def test_folders_that_belong_to_others(
     mistake(koff_prune(capsys, "learn", recipe, "--out", tmp_path / "file"), "file")
 
 
-def test_a_folder_that_cannot_be_made(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_made(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     answer = koff_prune(capsys, "apply", place / "recipe.yaml", "--out", tmp_path / "file" / "run")
     mistake(answer, "file", "folder")
