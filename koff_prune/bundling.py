@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,7 @@ def _write_onnx(folder: Path, domains: list[str], recipe: Recipe) -> dict[str, A
     memories = {name: load_memory(folder / "memories" / name) for name in domains}
     slots = {name: lora_slots(m["lora"]) if "lora" in m else {} for name, m in memories.items()}
     modules = sorted({module for table in slots.values() for module in table})
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every operator of torchvision
     say(f"exporting ONNX ({len(model.model.layers)} layers, about 5 s each)")
     info = export_onnx(model, folder, lora_modules=modules, progress=say)
     (folder / "onnx" / "memories").mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ few bits.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from koff_export.errors import KoffError
 from koff_export.files import disk_errors
 from koff_export.graph import is_slot
 from koff_export.onnx import add_defaults
+
+# It tells every node of the graph, thousands of lines.
+logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
 
 _BLOCK = 32  # weights that share a scale
 
