@@ -5,7 +5,6 @@ Without compensation every backbone tensor is a byte-exact slice of the dense on
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -196,4 +195,3 @@ def _slice_lora(name: str, tensor: torch.Tensor, plan: Plan, units: Units) -> to
 def copy_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes the tokenizer's files beside the backbone."""
     tokenizer.save_pretrained(str(folder))
-    shutil.rmtree(folder / "__pycache__", ignore_errors=True)

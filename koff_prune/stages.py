@@ -158,21 +158,16 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
         run, memories, train_windows(run), learn, Phase(learn.tokens, 0.0, share), folder, "learning",
         gates=gates, compensation=compensation(run, arm),
     )  # fmt: skip
+    tensors = {"alpha": gates.alpha.detach(), "start": torch.empty(0)}
     if start is not None:
         before = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed)
-        say(
-            f"learning moved the mask: {overlap(before, gates):.1%} of the removed units were"
-            " the start's choice"
-        )
+        tensors["start"] = before.alpha.detach()
+        shared = overlap(before, gates)
+        say(f"learning moved the mask: {shared:.1%} of the removed units were the start's choice")
     if memories.memory.kind != "none":
         with staged_dir(folder / "learned") as aside:
             for name in memories.domains:
                 save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
-    tensors = {"alpha": gates.alpha.detach(), "start": torch.empty(0)}
-    if start is not None:
-        tensors["start"] = Gates(
-            run.units, recipe.structure, gates_section.form, start, recipe.seed
-        ).alpha.detach()
     save_tensors(tensors, folder / "gates.safetensors")
     _drop_checkpoints(folder)
 
