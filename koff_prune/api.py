@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 from koff_prune.run import Run
 from koff_prune.stages import cut_arm, dry_plan, even_plan, learn_arm, main_arm, plan_arm
+from koff_prune.sweep import sweep as _sweep
 
 
 def _open(recipe: Recipe | str | Path, out: str | Path | None, resume: bool) -> Run:
@@ -87,6 +89,20 @@ def compare(
     with _open(recipe, out, resume) as run:
         _cut(run)
         return _compare(run)
+
+
+def sweep(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    sparsities: Sequence[float] = (),
+    seeds: Sequence[int] = (),
+    tokens: Sequence[int] = (),
+    resume: bool = False,
+) -> dict[str, Any]:
+    """`compare` at every combination of the lists; see `sweep.sweep`."""
+    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return _sweep(checked, Path(out), sparsities=sparsities, seeds=seeds, tokens=tokens, resume=resume)
 
 
 def apply(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: bool = False) -> Path:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,13 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor
 
 
 def _stage(
-    name: str, recipe: Path, out: Path | None, resume: bool, overrides: list[str] | None, threads: int | None
+    name: str,
+    recipe: Path,
+    out: Path | None,
+    resume: bool,
+    overrides: list[str] | None,
+    threads: int | None,
+    **options: Any,
 ) -> Any:
     from koff_prune.reading import load_recipe
 
@@ -42,7 +49,7 @@ def _stage(
 
     api.set_threads(threads)
     try:
-        return getattr(api, name)(checked, out or Path("runs") / recipe.stem, resume=resume)
+        return getattr(api, name)(checked, out or Path("runs") / recipe.stem, resume=resume, **options)
     except KeyboardInterrupt:
         print("interrupted: run the same command with --resume to continue", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -110,11 +117,37 @@ def export(
 
 @app.command()
 def compare(
-    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+    recipe: RecipePath,
+    out: Out = None,
+    resume: Resume = False,
+    set_: Set = None,
+    threads: Threads = None,
+    sparsity: Annotated[str | None, typer.Option("--sparsity", help="Several targets: 0.06,0.12.")] = None,
+    seed: Annotated[str | None, typer.Option("--seed", help="Several seeds: 0,1,2.")] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="Several budgets of training.")] = None,
 ) -> None:
-    """Compute every row of the report; prints the table."""
-    _stage("compare", recipe, out, resume, set_, threads)
-    _print_table(out or Path("runs") / recipe.stem)
+    """Compute every row of the report; prints the table. Lists make a sweep: sweep.html, .md, .json."""
+    if sparsity is None and seed is None and tokens is None:
+        _stage("compare", recipe, out, resume, set_, threads)
+        _print_table(out or Path("runs") / recipe.stem)
+        return
+    lists = {
+        "sparsities": _numbers("--sparsity", sparsity, float),
+        "seeds": _numbers("--seed", seed, int),
+        "tokens": _numbers("--tokens", tokens, int),
+    }
+    place = out or Path("runs") / f"{recipe.stem}-sweep"
+    for sentence in _stage("sweep", recipe, place, resume, set_, threads, **lists)["sentences"]:
+        print(sentence)
+    print(f"\nsweep: {place / 'sweep.html'}")
+
+
+def _numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[Any]:
+    """The numbers of a comma-separated list."""
+    try:
+        return [kind(part.replace("_", "")) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise KoffError(f"{option}: {text!r} is not a list of numbers; write them as 1,2,3") from error
 
 
 @app.command()

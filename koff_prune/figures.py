@@ -158,6 +158,41 @@ def learning_curve(log: Sequence[Mapping[str, Any]]) -> str | None:
         return _svg(figure, "Learning curve")
 
 
+def frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    """Perplexity beside the dense model's, against parameters and against the removed share.
+
+    Args:
+        curves: Per row label, (parameters, removed share, perplexity / dense) by ascending parameters. Rows
+            of koff stand out; what is beyond `_WIDEST` times the dense model is left out.
+    """
+    with _style("frontier"):
+        figure = _figure(9, 5.2)
+        size, share = figure.subplots(1, 2, sharey=True)
+        colours = iter(_CYCLE[1:] * (len(curves) + 1))
+        for label, places in curves.items():
+            shown = [p for p in places if p[2] <= _WIDEST]
+            if not shown:
+                continue
+            ours = label == "koff"
+            style: dict[str, Any] = {
+                "color": BLUE if ours else INK if label.startswith("dense") else next(colours),
+                "linewidth": 2.6 if ours else 1.2,
+                "marker": "*" if label.startswith("dense") else "o",
+                "markersize": 9 if label.startswith("dense") else 6 if ours else 3.5,
+                "zorder": 3 if ours else 2,
+            }
+            size.plot([p[0] / 1e6 for p in shown], [p[2] for p in shown], label=label, **style)
+            share.plot([100 * p[1] for p in shown], [p[2] for p in shown], **style)
+        for axes in (size, share):
+            axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
+            axes.grid(axis="y")
+        size.set_xlabel("million parameters, with one memory")
+        share.set_xlabel("removed, % of parameters")
+        size.set_ylabel("perplexity / dense")
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        return _svg(figure, "Quality against size and sparsity")
+
+
 def _smooth(values: Sequence[float]) -> list[float]:
     reach = max(1, len(values) // 24)
     return [median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

@@ -6,13 +6,13 @@ What the rows mean is worked out in `verdict.py`, the figures are drawn in `figu
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koff_export.files import disk_errors, fsync_path, write_json
+from koff_export.files import disk_errors, write_json
 from koff_prune.figures import kept_widths, learning_curve, number, perplexity_bars
+from koff_prune.pages import finite, render, write_text
 from koff_prune.verdict import Row, Verdict, cast, judge, row_label, row_labels
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def write_report(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     page = _page(model, recipe_digest, versions, rows, verdict, sentences, plans or {}, log)
-    _write_text(folder / "report.html", page)
+    write_text(folder / "report.html", page)
     written = [{key: value for key, value in row.items() if key not in _INTERNAL} for row in rows]
     report = {
         "format": 1,
@@ -70,7 +70,7 @@ def write_report(
         "overlap": None if overlap is None else dict(overlap),
         "notes": [verdict.headline, *sentences],
     }
-    write_json(folder / "report.json", _finite(report))
+    write_json(folder / "report.json", finite(report))
 
 
 def render_table(rows: Sequence[Row]) -> Table:
@@ -107,13 +107,8 @@ def _page(
     log: Sequence[Mapping[str, Any]],
 ) -> str:
     """report.html: one file, nothing fetched, no script."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(template).render(
+    return render(
+        "report.html.jinja",
         model=model.get("source", "") if isinstance(model, Mapping) else model,
         recipe=recipe_digest,
         versions=dict(versions),
@@ -126,7 +121,6 @@ def _page(
         sentences=sentences,
         figures=_figures(rows, plans, log),
         count=_count,
-        signed=lambda form, value: form.format(value).replace("-", "−"),
     )
 
 
@@ -254,28 +248,3 @@ def _overlap(overlap: Mapping[str, Any] | None) -> list[str]:
     units = f"{overlap['removed']:,} units" if overlap.get("removed") else "units"
     share, start = overlap["share"], overlap["start"]
     return [f"Of the {units} that koff removed, {share:.1%} were also the choice of its start, {start}."]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: a perplexity that overflowed is written as null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes aside, syncs, renames."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        fsync_path(path.parent)

@@ -159,7 +159,7 @@ def cast(rows: Sequence[Row]) -> Cast:
     )
     same_seed = [r for r in plain if r["seed"] == koff["seed"] and r["memory"] == r["trained_with"] == kind]
     ceiling = _first(same_seed, lambda r: r["method"] == "dense")
-    rivals = [r for r in same_seed if r["method"] in BASELINES and _same_budget(r, koff)]
+    rivals = [r for r in same_seed if r["method"] in BASELINES and same_budget(r, koff)]
     rival = min(rivals, key=lambda r: r["perplexity"]["gmean"]) if rivals else None
     return Cast(dense, koff, off, ceiling, rival)
 
@@ -189,11 +189,11 @@ def _closed(parts: Cast, labels: dict[int, str]) -> tuple[dict[str, Any] | None,
         ask = [] if ceiling else ["{method: dense, trained_with: same}"]
         ask += [] if rival else ["{method: fisher, ranking: better, trained_with: same}"]
         return None, [f"closed is not measured: add {' and '.join(ask)} to the recipe's compare."]
-    draws = _resample([rival, koff, ceiling])
+    draws = resample([rival, koff, ceiling])
     gains = None if draws is None else draws[0] - draws[1]
     gaps = None if draws is None else draws[0] - draws[2]
-    gain = _estimate(_mean(rival) - _mean(koff), gains)
-    gap = _estimate(_mean(rival) - _mean(ceiling), gaps)
+    gain = estimate(mean_nats(rival) - mean_nats(koff), gains)
+    gap = estimate(mean_nats(rival) - mean_nats(ceiling), gaps)
     name = labels[id(rival)]
     if gap.value <= 0:
         why = f"{name} ({_pp(rival)}) is no worse than the ceiling ({_pp(ceiling)})"
@@ -201,7 +201,7 @@ def _closed(parts: Cast, labels: dict[int, str]) -> tuple[dict[str, Any] | None,
     ratio, said = Estimate(gain.value / gap.value), []
     if gains is not None and gaps is not None:
         if gaps.min() > 0:
-            ratio = _estimate(ratio.value, gains / gaps)
+            ratio = estimate(ratio.value, gains / gaps)
         else:  # a ratio has no honest interval where its denominator may well be zero
             said = [f"closed has no interval: the gap it divides by ({gap} nats) may be zero."]
     nats = {"rival_minus_koff": asdict(gain), "rival_minus_ceiling": asdict(gap)}
@@ -216,10 +216,12 @@ def _offloaded(parts: Cast) -> tuple[dict[str, Any] | None, list[str]]:
         ask += [] if ceiling else ["{method: dense, trained_with: same}"]
         return None, [f"offloaded is not measured: add {' and '.join(ask)} to the recipe's compare."]
     four = [off, koff, dense, ceiling]
-    draws = _resample(four)
-    worth_koff = _estimate(_mean(off) - _mean(koff), None if draws is None else draws[0] - draws[1])
-    worth_dense = _estimate(_mean(dense) - _mean(ceiling), None if draws is None else draws[2] - draws[3])
-    value = _estimate(
+    draws = resample(four)
+    worth_koff = estimate(mean_nats(off) - mean_nats(koff), None if draws is None else draws[0] - draws[1])
+    worth_dense = estimate(
+        mean_nats(dense) - mean_nats(ceiling), None if draws is None else draws[2] - draws[3]
+    )
+    value = estimate(
         worth_koff.value - worth_dense.value,
         None if draws is None else draws[0] - draws[1] - draws[2] + draws[3],
     )
@@ -242,13 +244,13 @@ def _against(rows: Sequence[Row], koff: Row, labels: dict[int, str]) -> list[str
         for r in rows
         if r is not koff
         and r["swap"] is None
-        and _same_budget(r, koff, compensated=False)
+        and same_budget(r, koff, compensated=False)
         and (r["method"] in BASELINES or (r["method"] == "koff" and r["plan"] != koff["plan"]))
     ]
     lost, level = [], []
     for other in others:
-        draws = _resample([koff, other])
-        worse = _estimate(_mean(koff) - _mean(other), None if draws is None else draws[0] - draws[1])
+        draws = resample([koff, other])
+        worse = estimate(mean_nats(koff) - mean_nats(other), None if draws is None else draws[0] - draws[1])
         name = f"{labels[id(other)]} ({_pp(other)})"
         if worse.value >= 0:
             lost.append(f"koff ({_pp(koff)}) does not beat {name}: it is {worse} nats worse.")
@@ -282,14 +284,15 @@ def _first(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> Row | None:
     return next((row for row in rows if wanted(row)), None)
 
 
-def _same_budget(row: Row, koff: Row, *, compensated: bool = True) -> bool:
+def same_budget(row: Row, koff: Row, *, compensated: bool = True) -> bool:
+    """Whether a row has koff's seed and sparsity, and unless `compensated` is False its compensation."""
     same = all(row["sparsity"].get(k) == koff["sparsity"].get(k) for k in ("target", "of"))
     return (
         same and row["seed"] == koff["seed"] and (not compensated or row["compensate"] == koff["compensate"])
     )
 
 
-def _mean(row: Row) -> float:
+def mean_nats(row: Row) -> float:
     """Mean log-perplexity over domains."""
     return math.log(row["perplexity"]["gmean"])
 
@@ -298,14 +301,15 @@ def _pp(row: Row) -> str:
     return f"{row['perplexity']['gmean']:,.2f}"
 
 
-def _estimate(value: float, draws: np.ndarray | None) -> Estimate:
+def estimate(value: float, draws: np.ndarray | None) -> Estimate:
+    """A value with the 2.5th and 97.5th percentile of its draws."""
     if draws is None:
         return Estimate(float(value))
     low, high = np.percentile(draws, [2.5, 97.5])
     return Estimate(float(value), float(low), float(high))
 
 
-def _resample(rows: Sequence[Row]) -> np.ndarray | None:
+def resample(rows: Sequence[Row]) -> np.ndarray | None:
     """Mean log-perplexity of every row in every resample, [rows, RESAMPLES].
 
     Within a domain, as many documents as there are drawn with replacement, the same ones for all rows; a

@@ -18,7 +18,7 @@ import pytest
 
 from koff_export.errors import KoffError
 from koff_prune.report import Row, render_table, row_label, write_report
-from koff_prune.verdict import RESAMPLES, _resample, judge, row_labels
+from koff_prune.verdict import RESAMPLES, judge, resample, row_labels
 
 DOMAINS = ("python", "math", "medicine")
 
@@ -144,7 +144,7 @@ def test_the_interval_is_that_of_the_mean_over_documents() -> None:
     """Equal documents and one difference per document: the normal approximation is known."""
     per_document = 0.05 + noise(0.1, 12)
     noisy = with_memories("fisher", 0.02 + np.repeat(per_document, 2))
-    draws = _resample([noisy, KOFF])
+    draws = resample([noisy, KOFF])
     assert draws is not None and draws.shape == (2, RESAMPLES)
     difference = draws[0] - draws[1]
     # three domains share the same differences but are drawn independently
@@ -157,9 +157,9 @@ def test_windows_of_one_document_count_once() -> None:
     """Taking every window for a document of its own would make the interval narrower by the root of two."""
     wobble = np.repeat(noise(0.1, 12), 2)
     alone = {name: list(range(24)) for name in DOMAINS}
-    grouped = _resample([with_memories("fisher", wobble), KOFF])
+    grouped = resample([with_memories("fisher", wobble), KOFF])
     rows = [with_memories("fisher", wobble, documents=alone), with_memories("koff", 0.02, documents=alone)]
-    single = _resample(rows)
+    single = resample(rows)
     assert grouped is not None and single is not None
     ratio = (grouped[0] - grouped[1]).std() / (single[0] - single[1]).std()
     assert ratio == pytest.approx(math.sqrt(2), rel=0.1)
@@ -167,7 +167,7 @@ def test_windows_of_one_document_count_once() -> None:
 
 def test_differences_between_domains_add_no_width() -> None:
     flat = {name: [float(i)] * 24 for i, name in enumerate(DOMAINS)}
-    draws = _resample([row("dense", nll=flat)])
+    draws = resample([row("dense", nll=flat)])
     assert draws is not None and np.ptp(draws) == pytest.approx(0)
 
 

@@ -1,0 +1,198 @@
+"""One recipe at several sparsities, budgets and seeds: sub-runs side by side, and what they say together.
+
+Every sub-run is an ordinary run in `seed-S/sparsity-X[-tokens-T]/` of the sweep's folder. What a seed's
+sub-runs have in common (token blocks, statistics, the dense model's losses, the ceiling) is made once and
+linked into the others. A finished sub-run is read, not run again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from koff_export.errors import KoffError
+from koff_export.files import read_json, recover, staged_dir, write_json
+from koff_prune.progress import say
+from koff_prune.recipe import Recipe
+from koff_prune.verdict import Row
+
+ROWS = "rows.json"  # of a finished sub-run: its rows, with the losses of every window
+_OF_THE_SEED = ("domains", "statistics.safetensors", "rows/dense_*")
+_OF_THE_BUDGET = "rows/dense_trained-*"  # the ceiling's memories are trained for so many tokens
+
+
+@dataclass(frozen=True)
+class Point:
+    """One sub-run of a sweep.
+
+    Attributes:
+        seed: Of the recipe.
+        sparsity: Target.
+        tokens: Training tokens over both phases; None for the recipe's own.
+    """
+
+    seed: int
+    sparsity: float
+    tokens: int | None
+
+    @property
+    def folder(self) -> str:
+        """Path inside the sweep's folder."""
+        budget = "" if self.tokens is None else f"-tokens-{self.tokens}"
+        return f"seed-{self.seed}/sparsity-{self.sparsity:g}{budget}"
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """The recipe of this point: the base's split between joint phase and settling is kept."""
+        data = base.model_dump(mode="json")
+        data["seed"] = self.seed
+        data["structure"]["sparsity"] = self.sparsity
+        if self.tokens is not None:
+            learn = data["learn"]
+            whole = learn["tokens"] + learn["settle_tokens"]
+            learn["settle_tokens"] = round(self.tokens * learn["settle_tokens"] / whole)
+            learn["tokens"] = self.tokens - learn["settle_tokens"]
+        return Recipe.model_validate(data)
+
+
+def points(
+    recipe: Recipe, sparsities: Sequence[float], seeds: Sequence[int], tokens: Sequence[int]
+) -> list[Point]:
+    """Every combination, seed by seed; what a list leaves open is the recipe's own.
+
+    Raises:
+        KoffError: A sparsity, seed or budget that cannot be, or one named twice.
+    """
+    for name, values, low, high in (
+        ("--sparsity", sparsities, 0.0, 1.0),
+        ("--seed", seeds, -1.0, 2.0**31),
+        ("--tokens", tokens, 0.0, 2.0**62),
+    ):
+        for value in values:
+            if not low < value < high:
+                raise KoffError(f"{name}: {value} is out of range; name values between {low:g} and {high:g}")
+        if len(set(values)) != len(values):
+            raise KoffError(f"{name}: {', '.join(map(str, values))} names a value twice; name each once")
+    budgets: Sequence[int | None] = tokens or [None]
+    return [
+        Point(seed, sparsity, budget)
+        for seed in (seeds or [recipe.seed])
+        for budget in budgets
+        for sparsity in (sparsities or [recipe.structure.sparsity])
+    ]
+
+
+def sweep(
+    recipe: Recipe,
+    out: Path,
+    *,
+    sparsities: Sequence[float] = (),
+    seeds: Sequence[int] = (),
+    tokens: Sequence[int] = (),
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Compares at every point, then writes sweep.json, sweep.md and sweep.html into `out`.
+
+    Args:
+        recipe: Checked; its seed, sparsity and tokens hold wherever a list is empty.
+        out: The sweep's folder.
+        sparsities: Targets, each in (0, 1).
+        seeds: Of data order, memories and draws.
+        tokens: Training tokens in all, divided between the phases as the recipe divides its own.
+        resume: Continue a sweep of the same recipe; more points may be asked for than before.
+
+    Returns:
+        What sweep.json holds.
+
+    Raises:
+        KoffError: The folder holds something else, or a point cannot be reached.
+    """
+    from koff_prune.sweep_report import summarise, write_sweep
+
+    asked = points(recipe, sparsities, seeds, tokens)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise KoffError(f"{out}: another koff-prune is at work there; wait or use --out") from error
+    try:
+        _enter(recipe, out, resume)
+        found = []
+        for n, point in enumerate(asked, 1):
+            say(f"sweep {n} of {len(asked)}: seed {point.seed}, sparsity {point.sparsity:g}"
+                + ("" if point.tokens is None else f", {point.tokens:,} tokens"))  # fmt: skip
+            found.append((point, _compare_at(recipe, point, out, asked[: n - 1])))
+        summary = summarise(found)
+        write_sweep(out, summary)
+        return summary
+    finally:
+        lock.release()
+
+
+def _enter(recipe: Recipe, out: Path, resume: bool) -> None:
+    stamp = out / "sweep-of.json"
+    if stamp.exists():
+        if read_json(stamp).get("recipe") != recipe.digest():
+            raise KoffError(f"{out}: holds a sweep of another recipe; choose another --out")
+        if not resume:
+            raise KoffError(
+                f"{out}: holds a sweep of this recipe; continue it with --resume, or choose --out"
+            )
+    elif any(p.name != ".lock" for p in out.iterdir()):
+        raise KoffError(f"{out}: is not empty and holds no sweep; choose another --out")
+    write_json(stamp, {"format": 1, "recipe": recipe.digest()})
+
+
+def _compare_at(recipe: Recipe, point: Point, out: Path, before: Sequence[Point]) -> list[Row]:
+    folder = out / point.folder
+    finished = folder / ROWS
+    if not finished.exists():
+        from koff_prune.api import compare
+        from koff_prune.run import Run
+
+        mine = point.recipe(recipe)
+        with Run(mine, folder, resume=True):
+            for other in before:
+                if other.seed == point.seed:
+                    share(out / other.folder, folder, same_budget=other.tokens == point.tokens)
+        write_json(finished, compare(mine, folder, resume=True))
+    rows: list[Row] = read_json(finished)
+    return rows
+
+
+def share(source: Path, target: Path, *, same_budget: bool) -> None:
+    """Links into `target` what `source` has finished and what does not depend on the sparsity.
+
+    Args:
+        source: A run of the same seed.
+        target: The run that lacks it.
+        same_budget: Whether both train for the same tokens.
+    """
+    for pattern in _OF_THE_SEED:
+        for path in source.glob(pattern):
+            place = target / path.relative_to(source)
+            trained = path.match(_OF_THE_BUDGET) and not path.match("rows/dense_trained-none*")
+            if trained and not same_budget:
+                continue
+            if path.is_file() and not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _link(path, place)
+            elif path.is_dir():
+                recover(place)
+                if not place.exists():
+                    with staged_dir(place) as aside:
+                        shutil.copytree(path, aside, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

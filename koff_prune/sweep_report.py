@@ -1,0 +1,293 @@
+"""What the sub-runs of a sweep say together: means over seeds, the two figures, tests, and the frontier.
+
+Values are nats of mean log-perplexity over domains. Intervals are 95%. Those of `closed` and `offloaded` come
+from a bootstrap of two levels: seeds drawn with replacement, and within each seed held-out documents. koff is
+held against every other row of its budget by a one-sided t-test paired by seed; p-values are corrected by
+Holm's step-down method (Holm 1979) over all rows of all points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from koff_export.files import write_json
+from koff_prune.figures import frontier, number
+from koff_prune.pages import finite, render, write_text
+from koff_prune.recipe import BASELINES
+from koff_prune.verdict import (
+    RESAMPLES,
+    SEED,
+    Row,
+    cast,
+    estimate,
+    mean_nats,
+    resample,
+    row_labels,
+    same_budget,
+)
+
+if TYPE_CHECKING:
+    from koff_prune.sweep import Point
+
+SIGNIFICANT = 0.05
+
+
+def summarise(found: Sequence[tuple[Point, list[Row]]]) -> dict[str, Any]:
+    """Everything that sweep.json holds.
+
+    Args:
+        found: The rows of every sub-run, with `nll` and `documents`.
+
+    Returns:
+        `points` (one per sparsity and budget: `rows`, `closed`, `offloaded`), `tests`, and `sentences`.
+    """
+    places: dict[tuple[float, int | None], list[list[Row]]] = {}
+    for point, rows in found:
+        places.setdefault((point.sparsity, point.tokens), []).append(rows)
+    result, tests = [], []
+    for (sparsity, tokens), runs in places.items():
+        tables = [_by_label(rows) for rows in runs]
+        table = [_over_seeds(label, tables) for label in tables[0]]
+        point_tests = _tests(runs, tables, {"sparsity": sparsity, "tokens": tokens})
+        tests += point_tests
+        result.append({
+            "sparsity": sparsity, "tokens": tokens, "seeds": [rows[0]["seed"] for rows in runs],
+            "rows": table, "closed": _closed(runs, tables), "offloaded": _offloaded(runs),
+        })  # fmt: skip
+    _holm(tests)
+    summary = {"format": 1, "points": result, "tests": tests}
+    return {**summary, "sentences": _sentences(summary)}
+
+
+def write_sweep(folder: Path, summary: dict[str, Any]) -> None:
+    """Writes sweep.md, sweep.html and sweep.json; each is whole or absent."""
+    write_text(folder / "sweep.md", markdown(summary))
+    tables = [(_title(p), _head(p), _cells(p)) for p in summary["points"]]
+    page = render("sweep.html.jinja", sentences=summary["sentences"], tables=tables,
+                  figure=frontier(_curves(summary)))  # fmt: skip
+    write_text(folder / "sweep.html", page)
+    write_json(folder / "sweep.json", finite(summary))
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The tables and sentences of a sweep."""
+    lines = [f"- {sentence}" for sentence in summary["sentences"]]
+    for point in summary["points"]:
+        head = _head(point)
+        lines += ["", f"## {_title(point)}", "", f"| {' | '.join(head)} |",
+                  "| --- |" + " ---: |" * (len(head) - 1)]  # fmt: skip
+        lines += [f"| {' | '.join(cells)} |" for cells in _cells(point)]
+    return "\n".join(lines) + "\n"
+
+
+def _by_label(rows: Sequence[Row]) -> dict[str, Row]:
+    """Rows by what they are called in every seed: which of its rankings a rival took may differ by seed."""
+    unranked: list[Any] = [{**r, "ranking": None} if r["memory"] != "none" else r for r in rows]
+    return dict(zip(row_labels(unranked), rows, strict=True))
+
+
+def _over_seeds(label: str, tables: Sequence[dict[str, Row]]) -> dict[str, Any]:
+    there = [table[label] for table in tables if label in table]
+    nats = np.array([mean_nats(row) for row in there])
+    beside = np.array([mean_nats(t[label]) - mean_nats(_dense(t)) for t in tables if label in t])
+    spread = float(nats.std(ddof=1)) if len(nats) > 1 else None
+    first = there[0]
+    memory = first["parameters"]["memory"] if first["memory"] != "none" else 0
+    return {
+        "label": label, "method": first["method"], "memory": first["memory"], "seeds": len(there),
+        "perplexity": math.exp(nats.mean()), "beside_dense": math.exp(beside.mean()), "std_nats": spread,
+        "realised": first["sparsity"]["realised"], "backbone": first["parameters"]["backbone"],
+        "memory_parameters": memory, "memories": len(first["perplexity"]) - 1,
+    }  # fmt: skip
+
+
+def _dense(table: dict[str, Row]) -> Row:
+    return next(r for r in table.values() if r["method"] == "dense" and r["memory"] == "none")
+
+
+def _others(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]], *, baselines: bool) -> list[str]:
+    """Labels of the rows that koff is held against, there for every seed: its budget, its memories."""
+    result = []
+    for label in tables[0]:
+        if not all(label in table for table in tables):
+            continue
+        fair = True
+        for rows, table in zip(runs, tables, strict=True):
+            koff, row = cast(rows).koff, table[label]
+            if koff is None or row is koff or row["swap"] or not same_budget(row, koff):
+                fair = False
+                break
+            equipped = row["memory"] == row["trained_with"] == koff["memory"]
+            known = row["method"] in BASELINES or (row["method"] == "koff" and not baselines)
+            fair = fair and equipped and known
+        if fair:
+            result.append(label)
+    return result
+
+
+def _pooled(draws: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Means over seeds of [figures, RESAMPLES] draws, seeds drawn with replacement in every resample."""
+    known = [d for d in draws if d is not None]
+    if len(known) < len(draws):
+        return None
+    stacked = np.stack(known)  # [seeds, figures, resamples]
+    chosen = np.random.default_rng(SEED).integers(len(stacked), size=(len(stacked), RESAMPLES))
+    return np.mean([stacked[c, :, np.arange(RESAMPLES)].T for c in chosen], axis=0)
+
+
+def _closed(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]]) -> dict[str, Any] | None:
+    parts = [cast(rows) for rows in runs]
+    labels = _others(runs, tables, baselines=True)
+    if not labels or any(p.koff is None or p.ceiling is None for p in parts):
+        return None
+    best = min(labels, key=lambda label: np.mean([mean_nats(table[label]) for table in tables]))
+    three = [[t[best], p.koff, p.ceiling] for t, p in zip(tables, parts, strict=True)]
+    means = np.mean([[mean_nats(row) for row in rows if row] for rows in three], axis=0)
+    draws = _pooled([resample([row for row in rows if row]) for rows in three])
+    gap = means[0] - means[2]
+    if gap <= 0:
+        return None
+    gains = (
+        None
+        if draws is None or (draws[0] <= draws[2]).any()
+        else (draws[0] - draws[1]) / (draws[0] - draws[2])
+    )
+    value = estimate((means[0] - means[1]) / gap, gains)
+    return {"value": value.value, "low": value.low, "high": value.high, "rival": best,
+            "rival_minus_koff": means[0] - means[1], "rival_minus_ceiling": gap}  # fmt: skip
+
+
+def _offloaded(runs: Sequence[list[Row]]) -> dict[str, Any] | None:
+    parts = [cast(rows) for rows in runs]
+    four = [[p.koff_off, p.koff, p.dense, p.ceiling] for p in parts]
+    there = [[row for row in rows if row] for rows in four]
+    if any(len(rows) < 4 for rows in there):
+        return None
+    sign = np.array([1, -1, -1, 1])
+    draws = _pooled([resample(rows) for rows in there])
+    value = estimate(
+        float(np.mean([[mean_nats(r) for r in rows] for rows in there], axis=0) @ sign),
+        None if draws is None else sign @ draws,
+    )
+    return {"value": value.value, "low": value.low, "high": value.high}
+
+
+def _tests(
+    runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]], where: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Koff against each row of its budget, paired by seed; none where there is one seed alone."""
+    from scipy.stats import ttest_1samp
+
+    result = []
+    for label in _others(runs, tables, baselines=False):
+        leads = [
+            mean_nats(table[label]) - mean_nats(koff)
+            for rows, table in zip(runs, tables, strict=True)
+            if (koff := cast(rows).koff) is not None
+        ]
+        test: dict[str, Any] = {**where, "against": label, "seeds": len(leads), "lead": float(np.mean(leads))}
+        if len(leads) > 1:
+            for side, name in (("greater", "p_better"), ("less", "p_worse")):
+                test[name] = float(ttest_1samp(leads, 0.0, alternative=side).pvalue)
+        result.append(test)
+    return result
+
+
+def _holm(tests: list[dict[str, Any]]) -> None:
+    """Adds corrected p-values, and the word for each: better, worse or not shown."""
+    for name in ("p_better", "p_worse"):
+        ranked = sorted((t for t in tests if name in t), key=lambda t: t[name])
+        least = 0.0
+        for place, test in enumerate(ranked):
+            least = max(least, min(1.0, (len(ranked) - place) * test[name]))
+            test[f"{name}_holm"] = least
+    for test in tests:
+        if "p_better" not in test:
+            test["koff_is"] = "not tested"
+        elif test["p_better_holm"] < SIGNIFICANT:
+            test["koff_is"] = "better"
+        elif test["p_worse_holm"] < SIGNIFICANT:
+            test["koff_is"] = "worse"
+        else:
+            test["koff_is"] = "not shown to differ"
+
+
+def _sentences(summary: dict[str, Any]) -> list[str]:
+    result = []
+    for point in summary["points"]:
+        name = _title(point)
+        for figure, form, unit in (("closed", "{:.1%}", ""), ("offloaded", "{:.3f}", " nats")):
+            value = point[figure]
+            if value is None:
+                result.append(f"{name}: {figure} is not measured.")
+                continue
+            span = (
+                ""
+                if value["low"] is None
+                else f" [{form.format(value['low'])}, {form.format(value['high'])}]"
+            )
+            beside = f" against {value['rival']}" if figure == "closed" else ""
+            shown = "" if value["low"] is not None and value["low"] > 0 else ", not shown"
+            result.append(f"{name}: {figure} {form.format(value['value'])}{unit}{span}{beside}{shown}.")
+        mine = [
+            t
+            for t in summary["tests"]
+            if (t["sparsity"], t["tokens"]) == (point["sparsity"], point["tokens"])
+        ]
+        for word in ("worse", "not shown to differ"):
+            those = [f"{t['against']} (lead {t['lead']:.4f} nats)" for t in mine if t["koff_is"] == word]
+            if those:
+                what = "koff is worse than" if word == "worse" else "koff is not shown to differ from"
+                result.append(f"{name}: {what} {', '.join(those)}.")
+        better = sum(t["koff_is"] == "better" for t in mine)
+        if better:
+            result.append(
+                f"{name}: koff is better than {better} of {len(mine)} rows of its budget (p < {SIGNIFICANT})."
+            )
+        if any(t["koff_is"] == "not tested" for t in mine):
+            behind = [t["against"] for t in mine if t["lead"] <= 0]
+            result.append(f"{name}: one seed, so nothing is tested; koff's loss is lower than that of "
+                          f"{len(mine) - len(behind)} of {len(mine)} rows of its budget"
+                          + (f", not of {', '.join(behind)}." if behind else "."))  # fmt: skip
+    return result
+
+
+def _title(point: dict[str, Any]) -> str:
+    tokens = "" if point["tokens"] is None else f", {point['tokens']:,} tokens"
+    return f"sparsity {point['sparsity']:g}{tokens}"
+
+
+def _head(point: dict[str, Any]) -> list[str]:
+    return ["row", "perplexity", "/ dense", "std (nats)", "seeds", "removed", "with one memory", "with all"]
+
+
+def _cells(point: dict[str, Any]) -> list[list[str]]:
+    return [
+        [row["label"], number(row["perplexity"]), f"{row['beside_dense']:.3f}",
+         "–" if row["std_nats"] is None else f"{row['std_nats']:.4f}", str(row["seeds"]),
+         f"{row['realised']:.2%}", *(f"{size / 1e6:.1f} M" for size in _sizes(row))]
+        for row in point["rows"]
+    ]  # fmt: skip
+
+
+def _sizes(row: dict[str, Any]) -> tuple[int, int]:
+    """Parameters of the backbone with one memory, and with all."""
+    backbone, memory = row["backbone"], row["memory_parameters"]
+    return backbone + memory, backbone + row["memories"] * memory
+
+
+def _curves(summary: dict[str, Any]) -> dict[str, list[tuple[float, float, float]]]:
+    """Per label: parameters with one memory, removed share, perplexity beside dense; the longest budget."""
+    budget = max(p["tokens"] or 0 for p in summary["points"])
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for point in summary["points"]:
+        if (point["tokens"] or 0) == budget:
+            for row in point["rows"]:
+                place = (_sizes(row)[0], row["realised"], row["beside_dense"])
+                curves.setdefault(row["label"], []).append(place)
+    return {label: sorted(set(places)) for label, places in curves.items()}
