@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from koff_export.errors import KoffError
+from koff_prune.analyze import analyze as analyze
 from koff_prune.bundling import write_bundle
 from koff_prune.compare import compare as _compare
 from koff_prune.reading import load_recipe

@@ -151,6 +151,23 @@ def _numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[
 
 
 @app.command()
+def analyze(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.", show_default=False)],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Held-out tokens a domain.")] = 8192,
+    specific: Annotated[float, typer.Option("--specific", help="Share of neurons called specific.")] = 0.05,
+    threads: Threads = None,
+) -> None:
+    """What a run removed (domain-specific neurons?) and what its memories hold (swapped wrongly)."""
+    _quiet()
+    from koff_prune import api
+
+    api.set_threads(threads)
+    for sentence in api.analyze(run, tokens=tokens, fraction=specific)["sentences"]:
+        print(sentence)
+    print(f"\nanalysis: {run / 'analysis.html'}")
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     from koff_prune.recipe import schema as make

@@ -193,6 +193,29 @@ def frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
         return _svg(figure, "Quality against size and sparsity")
 
 
+def shares_by_layer(removed: Mapping[str, Sequence[float]], specific: Sequence[float]) -> str:
+    """Share of FFN neurons removed in every layer, one line per plan, over the share that is specific."""
+    with _style("shares"):
+        figure = _figure(9, 3.6)
+        axes = figure.subplots()
+        axes.bar(
+            range(len(specific)),
+            [100 * s for s in specific],
+            color=FAINT,
+            width=0.8,
+            label="specific neurons",
+        )
+        for colour, (name, shares) in zip(_CYCLE, removed.items(), strict=False):
+            wide = 2.4 if name == "koff" else 1.3
+            axes.plot(range(len(shares)), [100 * s for s in shares], color=colour, linewidth=wide, label=name)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("% of FFN neurons")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.2)
+        return _svg(figure, "Share of neurons removed per layer")
+
+
 def _smooth(values: Sequence[float]) -> list[float]:
     reach = max(1, len(values) // 24)
     return [median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
