@@ -145,7 +145,7 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
     write_report(
         run.folder,
         model=run.model_identity,
-        recipe_digest=recipe.digest(),
+        recipe_digest=run.digest,
         versions=versions(),
         rows=rows,  # type: ignore[arg-type]
         notes=[],

@@ -14,12 +14,13 @@ def describe(recipe: Recipe) -> None:
     Raises:
         KoffError: No config.json is at hand, or the target cannot be reached.
     """
+    from koff_prune.models import native_dtype
     from koff_prune.stages import dry_plan
 
     found = dry_plan(recipe)
     units, plan = found["units"], found["plan"]
     first = units.layers[0]
-    bytes_each = 4 if recipe.model.dtype == "float32" else 2
+    bytes_each = 4 if native_dtype(recipe.model.dtype) == "float32" else 2
     slim, dense = plan.parameters["slim"], plan.parameters["dense"]
     memory = memory_parameters(recipe, found["config"], plan)
     gib = 2**30

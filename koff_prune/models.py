@@ -86,8 +86,9 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
     config = _load(AutoConfig, source, section, **options)
     check_architecture(config)
     model, info = _load(
-        AutoModelForCausalLM, source, section, config=config, dtype=getattr(torch, section.dtype),
-        use_safetensors=True, output_loading_info=True, **options,
+        AutoModelForCausalLM, source, section, config=config,
+        dtype=getattr(torch, native_dtype(section.dtype)), use_safetensors=True,
+        output_loading_info=True, **options,
     )  # fmt: skip
     if missing := sorted(info["missing_keys"]):
         raise KoffError(
@@ -143,6 +144,14 @@ def open_config(section: ModelSection, *, cache: Path | None = None) -> Pretrain
         )
     check_architecture(config)
     return config
+
+
+def native_dtype(asked: str = "auto") -> str:
+    """What `model.dtype` means here: a CPU that only emulates bfloat16 is several times slower in it."""
+    if asked != "auto":
+        return asked
+    can = torch.cpu.get_capabilities()
+    return "bfloat16" if any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
 
 
 def check_architecture(config: PretrainedConfig) -> None:
@@ -285,11 +294,11 @@ def _read_config(path: Path, key: str) -> PretrainedConfig:
 
 def _kept(gguf: Path, section: ModelSection, cache: Path | None) -> Path:
     """Where the dequantised copy of a GGUF file is, or will be."""
-    return cache_dir(cache) / "models" / f"{sha256_file(gguf)}-{section.dtype}"
+    return cache_dir(cache) / "models" / f"{sha256_file(gguf)}-{native_dtype(section.dtype)}"
 
 
 def _dequantised(gguf: Path, section: ModelSection, cache: Path | None) -> Path:
-    """A Hugging Face folder with the weights of `gguf` in section.dtype; made once."""
+    """A Hugging Face folder with the weights of `gguf` in its dtype; made once."""
     kept = _kept(gguf, section, cache)
     if kept.is_dir():
         return kept
@@ -303,7 +312,9 @@ def _dequantised(gguf: Path, section: ModelSection, cache: Path | None) -> Path:
             model, config = _read_gguf(gguf, section)
             tokenizer = _load(AutoTokenizer, str(gguf.parent), section, gguf_file=gguf.name)
             with torch.device("meta"):  # a model without the quantiser, which would refuse to be saved
-                clean = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
+                clean = AutoModelForCausalLM.from_config(
+                    config, dtype=getattr(torch, native_dtype(section.dtype))
+                )
             clean.load_state_dict(model.state_dict(), strict=True, assign=True)
             clean.tie_weights()
             with staged_dir(kept) as stage:
@@ -316,7 +327,7 @@ def _read_gguf(gguf: Path, section: ModelSection) -> tuple[PreTrainedModel, Pret
     """The dequantised model and a configuration that no longer says it is quantised."""
     model, info = _load(
         AutoModelForCausalLM, str(gguf.parent), section, gguf_file=gguf.name, output_loading_info=True,
-        quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, section.dtype),
+        quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, native_dtype(section.dtype)),
     )  # fmt: skip
     if missing := sorted(info["missing_keys"]):
         raise KoffError(

@@ -47,8 +47,9 @@ class ModelSection(Section):
         Discriminator(lambda value: "<keys>" if isinstance(value, dict | PackageFile) else "<text>"),
     ] = Field(description="Hub id, local Hugging Face folder, .gguf file, or {package, file, sha256}.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    dtype: Literal["bfloat16", "float32", "float16"] = Field(
-        "bfloat16", description="Of the frozen weights; gates and memories train in float32."
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto",
+        description="Of the frozen weights; auto: bfloat16 where the CPU computes in it, else float32.",
     )
     config: str | None = Field(
         default=None,

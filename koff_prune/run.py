@@ -81,12 +81,16 @@ class Run:
         folder: The run directory; made if missing.
         resume: Whether a run of the same recipe may be continued there.
 
+    Attributes:
+        recipe: As given, with `model.dtype: auto` resolved for this run.
+        digest: Of the recipe as given.
+
     Raises:
         KoffError: The folder holds another run, or this one without `resume`, or another process works in it.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, *, resume: bool) -> None:
-        self.recipe, self.folder = recipe, Path(folder)
+        self.recipe, self.folder, self.digest = recipe, Path(folder), recipe.digest()
         with disk_errors(self.folder):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,10 +110,12 @@ class Run:
             raise
 
     def _enter(self, resume: bool) -> None:
+        from koff_prune.models import native_dtype
+
         stamp = self.folder / "run.json"
         if stamp.exists():
             seen = read_json(stamp)
-            if seen.get("recipe") != self.recipe.digest():
+            if seen.get("recipe") != self.digest:
                 raise KoffError(
                     f"{self.folder}: holds a run of another recipe;"
                     " choose another --out, or remove the folder"
@@ -126,7 +132,19 @@ class Run:
             self.write_text(
                 "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
             )
-            write_json(stamp, {"format": 1, "recipe": self.recipe.digest(), "versions": versions()})
+            write_json(
+                stamp,
+                {
+                    "format": 1,
+                    "recipe": self.digest,
+                    "dtype": native_dtype(self.recipe.model.dtype),
+                    "versions": versions(),
+                },
+            )
+        # resolved once: a run that moves to another machine goes on in the type that it began in
+        dtype = read_json(stamp).get("dtype", self.recipe.model.dtype)
+        model = self.recipe.model.model_copy(update={"dtype": dtype})
+        self.recipe = self.recipe.model_copy(update={"model": model})
 
     def close(self) -> None:
         """Lets another process in."""

@@ -67,7 +67,7 @@ def test_a_local_folder(kind: type[PretrainedConfig], tmp_path: Path) -> None:
     assert dense.bos == (0 if kind is Gemma3TextConfig else None)
     assert dense.tokenizer.decode(dense.tokenizer("hé")["input_ids"]) == "hé"
     assert dense.config_sha256 == config_sha256(open_config(ModelSection(source=str(folder))))
-    assert open_dense(ModelSection(source=str(folder))).model.dtype == torch.bfloat16
+    assert open_dense(ModelSection(source=str(folder), dtype="bfloat16")).model.dtype == torch.bfloat16
 
 
 def test_every_window_starts_as_the_tokenizer_would() -> None:

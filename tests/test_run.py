@@ -17,6 +17,8 @@ import koff_prune as package
 from koff_export.files import read_json, sha256_file
 from koff_prune.learn import LearnTrainer, whole_checkpoints
 from koff_prune.plan import Plan
+from koff_prune.reading import load_recipe
+from koff_prune.run import Run
 
 # Runs koff-prune in a process of its own that kills itself at the named point.
 KILLED = """
@@ -252,3 +254,17 @@ def test_every_method_and_both_rankings_share_the_road(tmp_path: Path) -> None:
     assert all(abs(r["sparsity"]["realised"] - 0.1) <= 0.002 for r in rows if r["method"] != "dense")
     assert len({r["plan"] for r in rows}) >= 6
     json.dumps(report, allow_nan=False)
+
+
+def test_an_automatic_dtype_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 where bfloat16 is emulated; a run that moves to another machine keeps what it began in."""
+    recipe = load_recipe(recipe_of(tmp_path, model={"source": "model", "dtype": "auto"}))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    with Run(recipe, tmp_path / "run", resume=False) as run:
+        assert run.recipe.model.dtype == "float32"
+        assert next(run.dense.model.parameters()).dtype == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    with Run(recipe, tmp_path / "run", resume=True) as run:
+        assert run.recipe.model.dtype == "float32"
+    with Run(recipe, tmp_path / "other", resume=False) as run:
+        assert next(run.dense.model.parameters()).dtype == torch.bfloat16
