@@ -323,3 +323,17 @@ def test_public_names_are_functions_whatever_was_imported_before() -> None:
     code += "from koff_prune import learn, plan, cut, compare\nassert learn.__module__ == 'koff_prune.api'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_optimum_cli_has_the_same_commands(tmp_path: Path) -> None:
+    """`optimum-cli koff` comes with the installed package: its help, options, sentences and exit codes."""
+    cli = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()"]
+    told = subprocess.run([*cli, "koff", "compare", "--help"], capture_output=True, text=True)
+    assert told.returncode == 0 and "--sparsity" in told.stdout and "optimum-cli koff compare" in told.stdout
+    made = subprocess.run([*cli, "koff", "schema"], capture_output=True, text=True)
+    assert json.loads(made.stdout)["title"] == "Recipe"
+    lost = subprocess.run(
+        [*cli, "koff", "apply", tmp_path / "none.yaml", "--resume"], capture_output=True, text=True
+    )
+    assert lost.returncode == 2
+    assert lost.stderr.splitlines()[-1].startswith("error: recipe") and "Traceback" not in lost.stderr
