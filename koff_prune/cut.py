@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, read_json
 from koff_prune.compensate import Compensation, removed
-from koff_prune.plan import Plan
+from koff_prune.plan import Kept, Plan
 from koff_prune.units import Units, decoder_layers, ffn_group, head_channels, prune_kv_groups, read_units
 
 WEIGHTS = "model.safetensors"
@@ -49,12 +49,12 @@ def cut(model: PreTrainedModel, plan: Plan, compensation: Compensation | None = 
         if groups:
             prune_kv_groups(layer.self_attn, groups)
     model.requires_grad_(False)
-    set_widths(model.config, plan, units)
+    set_widths(model.config, plan.layers, units)
     return model
 
 
-def set_widths(config: PretrainedConfig, plan: Plan, units: Units) -> None:
-    """Writes the plan's widths into the config: plain keys where uniform, else `per_layer_config`.
+def set_widths(config: PretrainedConfig, kept: Kept, units: Units) -> None:
+    """Writes a plan's widths into the config: plain keys where uniform, else `per_layer_config`.
 
     `per_layer_config` is the form transformers >= 5.15 records; only layers that differ from the dense model
     appear.
@@ -65,7 +65,7 @@ def set_widths(config: PretrainedConfig, plan: Plan, units: Units) -> None:
             "num_attention_heads": len(layer["kv_groups"]) * have.queries,
             "num_key_value_heads": len(layer["kv_groups"]),
         }
-        for layer, have in zip(plan.layers, units.layers, strict=True)
+        for layer, have in zip(kept, units.layers, strict=True)
     ]
     config.head_dim = units.layers[0].head_dim  # no longer hidden_size / heads
     if all(w == widths[0] for w in widths):

@@ -27,7 +27,7 @@ from koff_prune.templates import parse
 
 BASELINES = ("magnitude", "wanda", "taylor", "fisher", "random")
 Score = Literal["magnitude", "wanda", "taylor", "fisher", "random"]
-Start = Literal["constant", "magnitude", "wanda", "taylor", "fisher", "fisher_tokens", "random"]
+Start = Literal["constant", "magnitude", "wanda", "taylor", "fisher", "fisher_tokens", "curvature", "random"]
 MemoryKind = Literal["none", "lora", "kv", "lora+kv"]
 
 
@@ -240,8 +240,8 @@ class Gates(Section):
 
     form: Literal["straight_through", "hard_concrete"] = "straight_through"
     start: Start = Field(
-        default="fisher_tokens",
-        description="Orders the units at first; fisher_tokens squares per token, fisher per window.",
+        default="curvature",
+        description="Orders the units at first; curvature is the true Fisher, labels drawn from the model.",
     )
     learning_rate: Float = Field(default=0.05, ge=0, description="Of Adam; 0 keeps the start's plan.")
     ramp: Float = Field(

@@ -225,7 +225,8 @@ class Run:
         if not path.exists():
             windows = [w for blocks in self.domains.values() for w in blocks.scoring]
             with bar("scoring units", sum(len(w) for w in windows)) as progress, self.timed("score"):
-                found = collect(self.dense.model, self.units, self.recipe.structure.units, windows, progress)
+                kinds, seed = self.recipe.structure.units, self.recipe.seed
+                found = collect(self.dense.model, self.units, kinds, windows, progress, seed)
             save_tensors(found.tensors(), path)
         return Statistics.from_tensors(load_tensors(path))
 

@@ -9,6 +9,10 @@ the weights:
 * taylor: |sum over windows of dL/dz_u| (Molchanov et al. 2019, first order).
 * fisher: sum over windows of (dL/dz_u)^2.
 * fisher_tokens: sum over tokens of (x_t . dL/dx_t)^2: the same before a window's tokens cancel each other.
+* curvature: the true Fisher, whose labels are drawn from the model's own predictions instead of read from the
+  text (Kunstner et al. 2019, "Limitations of the empirical Fisher approximation"): mean over draws of
+  (dL/dz_u)^2 summed over windows, which is unbiased, plus (x_t . dL/dx_t)^2 summed over tokens, which is
+  less noisy.
 * random.
 
 Higher means keep. Where kinds of units mix, scores are divided by the unit's cost.
@@ -31,6 +35,7 @@ from koff_prune.recipe import Structure
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, ffn_group
 
 Place = tuple[int, UnitKind]
+DRAWS = 2  # label sequences that the model draws for every scoring window
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Statistics:
         taylor: float32 [units], sum over windows of dL/dz.
         fisher: float32 [units], sum over windows of (dL/dz)^2.
         fisher_tokens: float32 [units], sum over tokens of (x . dL/dx)^2.
+        curvature: float32 [units], both sums again for labels that the model draws, mean over draws.
         tokens: Scoring tokens seen.
     """
 
@@ -49,12 +55,13 @@ class Statistics:
     taylor: dict[Place, torch.Tensor] = field(default_factory=dict)
     fisher: dict[Place, torch.Tensor] = field(default_factory=dict)
     fisher_tokens: dict[Place, torch.Tensor] = field(default_factory=dict)
+    curvature: dict[Place, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything by name, for a safetensors file."""
         tables = {"second": self.second, "taylor": self.taylor, "fisher": self.fisher,
-                  "fisher_tokens": self.fisher_tokens}  # fmt: skip
+                  "fisher_tokens": self.fisher_tokens, "curvature": self.curvature}  # fmt: skip
         flat = {f"{t}.{i}.{kind}": v for t, table in tables.items() for (i, kind), v in table.items()}
         return {**flat, "tokens": torch.tensor(self.tokens)}
 
@@ -80,8 +87,9 @@ def collect(
     kinds: Iterable[UnitKind],
     windows: Iterable[torch.Tensor],
     progress: Callable[[int], None] | None = None,
+    seed: int = 0,
 ) -> Statistics:
-    """Runs the scoring windows through the dense model and back.
+    """Runs the scoring windows through the dense model and back, once for the text and once for every draw.
 
     Args:
         model: Dense, frozen.
@@ -89,6 +97,7 @@ def collect(
         kinds: Which kinds to collect for.
         windows: Token windows, int64 [window] each.
         progress: Called with the tokens of each finished window.
+        seed: Of the drawn labels.
 
     Returns:
         The statistics, float32 on the CPU.
@@ -105,16 +114,20 @@ def collect(
                 consumer(layer, kind).register_forward_pre_hook(_capture((i, kind), inputs, gradients))
             )
     embed = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(seed)
     try:
         for window in windows:
             # the base is frozen, so the gradient enters through the embeddings
             embedded = embed(window[None]).detach().requires_grad_(True)
             with torch.enable_grad():
-                logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1]
-                loss = functional.cross_entropy(logits.float(), window[1:], reduction="sum")
-                loss.backward()
-            for place, x in inputs.items():
-                _accumulate(result, place, x[0].float(), gradients[place][0].float(), units)
+                logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
+                labels = [window[1:], *_drawn(logits.detach(), generator)]
+                for n, target in enumerate(labels):
+                    loss = functional.cross_entropy(logits, target, reduction="sum")
+                    loss.backward(retain_graph=n < DRAWS)
+                    for place, x in inputs.items():
+                        add = _accumulate if n == 0 else _accumulate_drawn
+                        add(result, place, x[0].float(), gradients[place][0].float(), units)
             result.tokens += len(window)
             inputs.clear()
             gradients.clear()
@@ -135,16 +148,34 @@ def _capture(place: Place, inputs: dict[Place, torch.Tensor], gradients: dict[Pl
     return hook
 
 
+def _drawn(logits: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
+    """DRAWS label sequences, int64 [tokens] each, from the model's predictions [tokens, vocabulary]."""
+    probability = logits.softmax(-1)
+    return list(torch.multinomial(probability, DRAWS, replacement=True, generator=generator).T)
+
+
+def _per_token(place: Place, x: torch.Tensor, g: torch.Tensor, units: Units) -> torch.Tensor:
+    """What each token adds to dL/dz, float32 [tokens, units]."""
+    return (x * g).view(len(x), units.layers[place[0]].count(place[1]), -1).sum(2)
+
+
+def _add(table: dict[Place, torch.Tensor], place: Place, value: torch.Tensor) -> None:
+    table[place] = table[place].add_(value) if place in table else value
+
+
+def _accumulate_drawn(
+    result: Statistics, place: Place, x: torch.Tensor, g: torch.Tensor, units: Units
+) -> None:
+    per_token = _per_token(place, x, g, units)
+    _add(result.curvature, place, (per_token.sum(0).square() + per_token.square().sum(0)) / DRAWS)
+
+
 def _accumulate(result: Statistics, place: Place, x: torch.Tensor, g: torch.Tensor, units: Units) -> None:
-    i, kind = place
-    per_token = (x * g).view(len(x), units.layers[i].count(kind), -1).sum(2)  # [tokens, units]
+    per_token = _per_token(place, x, g, units)
     window = per_token.sum(0)
-    for table, value in (
-        (result.taylor, window),
-        (result.fisher, window.square()),
-        (result.fisher_tokens, per_token.square().sum(0)),
-    ):
-        table[place] = table[place].add_(value) if place in table else value
+    _add(result.taylor, place, window)
+    _add(result.fisher, place, window.square())
+    _add(result.fisher_tokens, place, per_token.square().sum(0))
     if place in result.second:
         result.second[place].addmm_(x.T, x)
     else:
@@ -158,7 +189,7 @@ class UnitImportance(tp.importance.Importance):
     groups of an attention module, which torch-pruning has no group for.
 
     Args:
-        method: magnitude, wanda, taylor, fisher, fisher_tokens or random.
+        method: magnitude, wanda, taylor, fisher, fisher_tokens, curvature or random.
         model: The dense model, whose modules the groups name.
         statistics: Of that model; magnitude and random do without.
         seed: Of random.

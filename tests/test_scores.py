@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.recipe import BASELINES, Structure
 from koff_prune.run import load_tensors, save_tensors
-from koff_prune.scores import Statistics, UnitImportance, collect, score_units
+from koff_prune.scores import DRAWS, Statistics, UnitImportance, collect, score_units
 from koff_prune.units import KINDS, Units, ffn_group, head_channels, read_units
 
 BOTH = Structure(units=list(KINDS))
@@ -89,6 +89,32 @@ def test_taylor_and_fisher(
     assert close(fisher, gate_gradients.square().sum(0))
 
 
+def test_curvature_is_the_fisher_of_labels_that_the_model_draws() -> None:
+    """By autograd on a gate of its own for every token: its sum is a window's gradient."""
+    dense = tiny_model()
+    units = read_units(dense)
+    found = collect(dense, units, ["ffn_neurons"], WINDOWS, seed=5).curvature
+    again, other = (collect(dense, units, ["ffn_neurons"], WINDOWS, seed=s).curvature for s in (5, 6))
+    count = units.layers[0].ffn_neurons
+    wanted = torch.zeros(len(units.layers), count)
+    generator = torch.Generator().manual_seed(5)
+    hooks = GateHooks(dense, units)
+    for window in WINDOWS:
+        z = [torch.ones(len(window), count, requires_grad=True) for _ in units.layers]
+        hooks.z = {(i, "ffn_neurons"): z[i] for i in range(len(z))}
+        logits = dense(input_ids=window[None], use_cache=False).logits[0, :-1]
+        drawn = torch.multinomial(logits.detach().softmax(-1), DRAWS, replacement=True, generator=generator)
+        for labels in drawn.T:
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            for i, g in enumerate(torch.autograd.grad(loss, z, retain_graph=True)):
+                wanted[i] += (g.sum(0).square() + g.square().sum(0)) / DRAWS
+    hooks.remove()
+    for i in range(len(units.layers)):
+        assert close(found[(i, "ffn_neurons")], wanted[i])
+        assert torch.equal(found[(i, "ffn_neurons")], again[(i, "ffn_neurons")])
+        assert not torch.equal(found[(i, "ffn_neurons")], other[(i, "ffn_neurons")])
+
+
 def test_wanda_and_magnitude(
     dense: PreTrainedModel, units: Units, statistics: Statistics, inputs: dict[tuple[int, str], torch.Tensor]
 ) -> None:
@@ -126,7 +152,7 @@ def test_statistics_survive_a_file(tmp_path, statistics: Statistics) -> None:  #
     save_tensors(statistics.tensors(), tmp_path / "s.safetensors")
     again = Statistics.from_tensors(load_tensors(tmp_path / "s.safetensors"))
     assert again.tokens == statistics.tokens
-    for table in ("second", "taylor", "fisher", "fisher_tokens"):
+    for table in ("second", "taylor", "fisher", "fisher_tokens", "curvature"):
         a, b = getattr(again, table), getattr(statistics, table)
         assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 

@@ -1,0 +1,200 @@
+"""Koff's choice inside a torch-pruning user's own script.
+
+    importance = UnitImportance("fisher_tokens", model, read_units(model), statistics)   # or
+    importance = LearnedImportance("runs/quickstart", model)
+    pruner = GroupedQueryPruner(model, None, importance, pruning_ratio=0.2)
+    for group in pruner.step(interactive=True):
+        group.prune()
+
+torch-pruning's own pruners walk the graph of the whole model and never return where several query heads share
+a KV head (its issue 527); this one builds a graph per feed-forward block and takes a KV group as one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+from transformers import PreTrainedModel
+
+from koff_export.errors import KoffError
+from koff_prune.compensate import removed
+from koff_prune.cut import set_widths
+from koff_prune.gates import Gates
+from koff_prune.plan import Kept, Scores, choose
+from koff_prune.reading import load_recipe
+from koff_prune.recipe import Structure
+from koff_prune.run import load_tensors
+from koff_prune.scores import UnitImportance
+from koff_prune.units import KINDS, UnitKind, decoder_layers, ffn_group, prune_kv_groups, read_units
+
+__all__ = ["GroupedQueryPruner", "KVGroup", "LearnedImportance", "UnitImportance", "read_units"]
+
+
+class LearnedImportance(tp.importance.Importance):
+    """The gates that a run has learned, as an importance.
+
+    Args:
+        folder: The run directory, in which `learn` is finished.
+        model: The dense model of that run, untouched.
+
+    Raises:
+        KoffError: No learned gates are there, or they are of another model.
+    """
+
+    def __init__(self, folder: str | Path, model: PreTrainedModel) -> None:
+        folder = Path(folder)
+        path = folder / "gates.safetensors"
+        if not path.exists():
+            raise KoffError(
+                f"{folder}: holds no learned gates; make them with `koff-prune learn recipe.yaml`"
+            )
+        recipe = load_recipe(folder / "recipe.yaml", check_files=False)
+        gates = Gates(read_units(model), recipe.structure, recipe.learn.gates.form, None, recipe.seed)
+        alpha = load_tensors(path)["alpha"]
+        if alpha.shape != gates.alpha.shape:
+            raise KoffError(
+                f"{path}: holds {len(alpha)} gates, the model has {len(gates.alpha)} units;"
+                " give the dense model that the run was made of"
+            )
+        with torch.no_grad():
+            gates.alpha.copy_(alpha)
+        self._scores = gates.scores()
+        layers = decoder_layers(model)
+        self._of_ffn = {id(m): i for i, layer in enumerate(layers)
+                        for m in (layer.mlp.gate_proj, layer.mlp.up_proj)}  # fmt: skip
+        self._of_attention = {id(layer.self_attn): i for i, layer in enumerate(layers)}
+
+    def __call__(self, group: Any, **kwargs: Any) -> torch.Tensor:
+        """float32 [units named by the group's root], higher means keep.
+
+        Raises:
+            KoffError: The group is not rooted at a feed-forward block's gate_proj or up_proj.
+        """
+        layer = self._of_ffn.get(id(group[0][0].target.module))
+        if layer is None:
+            raise KoffError(
+                f"importance: {group[0][0].target.name} is no gate_proj or up_proj of the model;"
+                " name it in ignored_layers"
+            )
+        return self._scores["ffn_neurons"][layer][torch.tensor(group[0][1])]
+
+    def of_attention(self, attention: nn.Module) -> torch.Tensor:
+        """float32 [kv_groups], higher means keep."""
+        scores = self._scores["kv_groups"]
+        if not scores:
+            raise KoffError(
+                "importance: the run learned no gates of kv_groups; leave units at ['ffn_neurons']"
+            )
+        return scores[self._of_attention[id(attention)]]
+
+
+@dataclass
+class KVGroup:
+    """KV heads of one attention module with the query heads that share them; cut as one piece.
+
+    Attributes:
+        attention: The module.
+        idxs: KV heads to remove, ascending.
+    """
+
+    attention: nn.Module
+    idxs: list[int]
+
+    def prune(self) -> None:
+        """Removes the heads from q, k, v and o."""
+        prune_kv_groups(self.attention, self.idxs)
+
+
+class GroupedQueryPruner:
+    """Torch-pruning's pruner for Llama, Qwen2, Qwen3 and Gemma 3, grouped-query attention included.
+
+    Args:
+        model: Untouched.
+        example_inputs: Taken for the sake of torch-pruning's signature; nothing is traced through the model.
+        importance: Called with feed-forward groups; `of_attention` of it with attention modules, where
+            `units` names kv_groups.
+        global_pruning: Rank all layers together; else every layer loses the same share.
+        pruning_ratio: Share of the named units' parameters to remove, in (0, 1).
+        round_to: Feed-forward widths become multiples of this.
+        units: ffn_neurons, kv_groups or both.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        example_inputs: Any,
+        importance: Callable[..., torch.Tensor],
+        global_pruning: bool = True,
+        pruning_ratio: float = 0.5,
+        round_to: int = 8,
+        units: tuple[UnitKind, ...] = ("ffn_neurons",),
+    ) -> None:
+        if not 0 < pruning_ratio < 1:
+            raise KoffError(f"pruning_ratio: {pruning_ratio} is out of range; choose one between 0 and 1")
+        self.model, self.importance, self.global_pruning = model, importance, global_pruning
+        self.units = read_units(model)
+        prunable = sum(layer.count(kind) * layer.cost(kind) for layer in self.units.layers for kind in units)
+        sparsity = pruning_ratio * prunable / self.units.parameters
+        self.structure = Structure(units=list(units), sparsity=sparsity, of="total", round_to=round_to)
+        self._done = False
+
+    def step(self, interactive: bool = False) -> Iterator[Any] | None:
+        """Removes what scores lowest; with `interactive`, yields groups whose `prune()` the caller calls.
+
+        The model's config tells the new widths once the groups are through.
+
+        Raises:
+            KoffError: The model has been pruned by this pruner already.
+        """
+        if self._done:
+            raise KoffError("pruner: has done its step; the scores are of the model before it")
+        self._done = True
+        if interactive:
+            return self._groups()
+        for group in self._groups():
+            group.prune()
+        return None
+
+    def _groups(self) -> Iterator[Any]:
+        kept = choose(
+            self._scores(), self.units, self.structure, self.structure.sparsity,
+            per_layer=not self.global_pruning,
+        )  # fmt: skip
+        try:
+            for i, layer in enumerate(decoder_layers(self.model)):
+                if neurons := removed(self.units, i, "ffn_neurons", kept[i]["ffn_neurons"]):
+                    yield ffn_group(layer.mlp, neurons)
+                    layer.mlp.intermediate_size = layer.mlp.gate_proj.out_features
+                if heads := removed(self.units, i, "kv_groups", kept[i]["kv_groups"]):
+                    yield KVGroup(layer.self_attn, heads)
+        finally:
+            set_widths(self.model.config, self._widths(), self.units)
+
+    def _scores(self) -> Scores:
+        scores: Scores = {kind: [] for kind in KINDS}
+        for layer, have in zip(decoder_layers(self.model), self.units.layers, strict=True):
+            for kind in self.structure.units:
+                if kind == "ffn_neurons":
+                    value = self.importance(ffn_group(layer.mlp, range(have.ffn_neurons)))
+                else:
+                    value = self.importance.of_attention(layer.self_attn)  # type: ignore[attr-defined]
+                learned = isinstance(self.importance, LearnedImportance)  # its ranks are over all kinds
+                mixed = len(self.structure.units) > 1 and not learned
+                scores[kind].append(value / have.cost(kind) if mixed else value)
+        return scores
+
+    def _widths(self) -> Kept:
+        """What the model has now; a group that the caller left alone is still there."""
+        return [
+            {
+                "ffn_neurons": list(range(layer.mlp.gate_proj.out_features)),
+                "kv_groups": list(range(layer.self_attn.k_proj.out_features // layer.self_attn.head_dim)),
+            }
+            for layer in decoder_layers(self.model)
+        ]
