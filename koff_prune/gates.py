@@ -1,8 +1,13 @@
 """Gates over units, and what holds their sparsity at its target.
 
 One gate per unit, shared by all domains, multiplies the input of the unit's consumer (`down_proj`, `o_proj`)
-as PEFT wrapped it, so that LoRA sees the gated input too. Two forms behind one interface:
+as PEFT wrapped it, so that LoRA sees the gated input too. Three forms behind one interface:
 
+* re-estimated: the hard mask of the units of lowest cost at the step's target, where a unit's cost is what
+  its removal is expected to add to the loss, to second order (LeCun et al. 1989, "Optimal Brain Damage", with
+  the first-order term kept: at this point it is not zero), in nats per token: h/2 from the start's Fisher
+  scores, minus the mean gradient of its gate while the memories learn. A mean over n tokens is shrunk by
+  n / (n + prior_tokens), signal over signal and noise: the variance of both is proportional to h.
 * hard concrete (Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization", 2.2): a
   stretched binary concrete sample, one draw per optimizer step from a generator seeded by (seed, step);
   expected sparsity held at its target by an augmented Lagrangian (CoFi, Xia et al. 2022; Sheared-LLaMA, Xia
@@ -15,7 +20,7 @@ through
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +31,8 @@ from koff_prune.plan import Kept, Scores, choose
 from koff_prune.recipe import Structure
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers
 
+RE_ESTIMATED = "re_estimated"
+EVERY = 8  # steps between two choices of a re-estimated mask: each one costs a solve of the compensation
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 OPEN = 2.5  # alpha of hard-concrete gates at the start is centred here: P(z > 0) is about 0.99
 SPREAD = 1.0  # standard deviation of alpha over units at the start
@@ -37,12 +44,16 @@ class Gates(nn.Module):
     Args:
         units: Of the dense model.
         structure: Which kinds have gates, and the target.
-        form: `hard_concrete` or `straight_through`.
-        start: Scores that order the gates at the start; None starts them all alike.
+        form: `re_estimated`, `hard_concrete` or `straight_through`.
+        start: Scores that order the gates at the start; None starts them all alike. Re-estimated gates need
+            costs of removal (`scores.removal_costs`).
         seed: Of the draws.
+        prior_tokens: Tokens of gradients that weigh as much as the start (re-estimated gates alone); None:
+            the start is kept.
 
     Attributes:
-        alpha: float32 [gated units], the only parameter; higher means keep.
+        alpha: float32 [gated units], the only parameter; higher means keep. Of re-estimated gates the cost,
+            in nats per token (by parameter where kinds are mixed).
         lagrange: float32 [2], multipliers of the sparsity constraint (hard concrete alone), trained by
         ascent.
     """
@@ -52,9 +63,19 @@ class Gates(nn.Module):
     cost: torch.Tensor
     step: torch.Tensor
     target: torch.Tensor
+    prior: torch.Tensor
+    chosen: torch.Tensor
+    surprise: torch.Tensor
+    weights: torch.Tensor
 
     def __init__(
-        self, units: Units, structure: Structure, form: str, start: Scores | None, seed: int
+        self,
+        units: Units,
+        structure: Structure,
+        form: str,
+        start: Scores | None,
+        seed: int,
+        prior_tokens: float | None = None,
     ) -> None:
         super().__init__()
         self.units, self.structure, self.form, self.seed = units, structure, form, seed
@@ -72,6 +93,11 @@ class Gates(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("target", torch.zeros(()))
         self._drawn: tuple[Any, torch.Tensor] | None = None
+        self.prior_tokens = prior_tokens
+        self.register_buffer("prior", self.alpha.detach().clone())
+        self.register_buffer("chosen", self.alpha.detach().clone())  # alpha that the step's mask comes from
+        self.register_buffer("surprise", torch.zeros_like(self.cost))  # weighted mean, see `observe`
+        self.register_buffer("weights", torch.zeros(3))  # sums of weight, weight^2, tokens
 
     def _start(self, start: Scores | None, count: int) -> torch.Tensor:
         """Normal quantiles of the start's ranks: one scale, so that one learning rate fits every start."""
@@ -79,6 +105,8 @@ class Gates(nn.Module):
         if start is None:
             return torch.full((count,), centre)
         flat = torch.cat([start[kind][i].double() for i, kind, _, _ in self.slots])
+        if self.form == RE_ESTIMATED:
+            return flat.float()
         if (
             self.structure.widths == "uniform"
         ):  # the target is held per layer, so only the order inside a layer counts
@@ -92,9 +120,12 @@ class Gates(nn.Module):
 
     def scores(self) -> Scores:
         """Alpha as scores, for the cut: P(z > 0) saturates into ties."""
+        return self._table(self.alpha.detach())
+
+    def _table(self, flat: torch.Tensor) -> Scores:
         result: Scores = {kind: [] for kind in KINDS}
         for _, kind, a, b in self.slots:
-            result[kind].append(self.alpha.detach()[a:b].clone())
+            result[kind].append(flat[a:b].clone())
         return result
 
     def kept(self, target: float | None = None) -> Kept:
@@ -110,11 +141,57 @@ class Gates(nn.Module):
             mask[a + torch.tensor(kept[i][kind])] = True
         return mask
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold, by name, detached; `load` takes it back."""
+        kept = {"alpha": self.alpha, "lagrange": self.lagrange}
+        if self.form == RE_ESTIMATED:
+            kept |= {name: getattr(self, name) for name in ("prior", "chosen", "surprise", "weights")}
+        return {name: tensor.detach().clone() for name, tensor in kept.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """The reverse of `state`, in place."""
+        for name, tensor in state.items():
+            getattr(self, name).copy_(tensor)
+
+    @torch.no_grad()
+    def observe(self, tokens: int) -> None:
+        """Takes the gradients of the step's draw into the costs of removal (re-estimated gates alone).
+
+        An open unit's gradient g says that closing it costs -g beyond its h/2; for a closed one g has the
+        whole curvature in it, which is taken out as the share of the prior that fits all closed units
+        best. Later steps weigh more, as their number: what the memories have yet to learn is not the mask's.
+
+        Args:
+            tokens: That the step's gradient is a mean over.
+        """
+        z = self._drawn[1] if self._drawn is not None else None
+        if self.prior_tokens is None or z is None or z.grad is None:
+            return
+        g = z.grad / self.cost if len(self.structure.units) > 1 else z.grad
+        closed = z < 0.5
+        fit = g[closed].sum() / self.prior[closed].sum().clamp_min(1e-30)
+        found = torch.where(closed, fit * self.prior - g, -g)
+        weight = float(self.step) + 1
+        self.weights += torch.tensor([weight, weight**2, tokens])
+        self.surprise += (found - self.surprise) * (weight / self.weights[0])
+        steps = self.weights[0] ** 2 / self.weights[1]  # as many equally weighted steps are as noisy
+        seen = steps * tokens
+        self.alpha.copy_(self.prior + seen / (seen + self.prior_tokens) * self.surprise)
+        z.grad = None
+
     def advance(self, step: int, target: float) -> None:
         """Makes `step` the current optimizer step: a new draw, and the target to hold."""
+        if step % EVERY == 0:
+            self.chosen.copy_(self.alpha.detach())
         self.step.fill_(step)
         self.target.fill_(target)
         self._drawn = None
+
+    def kept_now(self) -> Kept:
+        """What the hard mask of the current step leaves open."""
+        source = self.chosen if self.form == RE_ESTIMATED else self.alpha.detach()
+        return choose(self._table(source), self.units, self.structure, float(self.target))
 
     def draw(self) -> torch.Tensor:
         """Z of the current step, float32 [gated units], the same however often it is asked for."""
@@ -125,8 +202,12 @@ class Gates(nn.Module):
                 noise = torch.rand(self.alpha.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
                 self._drawn = (key, noise.log() - (-noise).log1p())
             else:
-                self._drawn = (key, self.mask(self.kept(float(self.target))).float())
+                self._drawn = (key, self.mask(self.kept_now()).float())
+                if self.form == RE_ESTIMATED:
+                    self._drawn[1].requires_grad_()
         drawn = self._drawn[1]
+        if self.form == RE_ESTIMATED:
+            return drawn
         if self.form == "hard_concrete":
             s = torch.sigmoid((drawn + self.alpha) / BETA)
             return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)

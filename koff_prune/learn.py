@@ -99,7 +99,7 @@ class Learner(nn.Module):
         self.kv = nn.ModuleList(memories.kv.values())
         self.memories, self.hooks = memories, hooks
         self.predictions = None
-        if gates is not None and compensation is not None and gates.form == "straight_through":
+        if gates is not None and compensation is not None and gates.form != "hard_concrete":
             self.predictions = PredictionHooks(memories.model, compensation)
         self._closed: Any = None
 
@@ -109,7 +109,7 @@ class Learner(nn.Module):
             return
         self.gates.advance(step, target)
         if self.predictions is not None:
-            kept = self.gates.kept(target)
+            kept = self.gates.kept_now()
             if kept != self._closed:
                 self._closed = kept
                 self.predictions.refresh(kept, next(self.memories.base.parameters()).dtype)
@@ -149,8 +149,7 @@ class Learner(nn.Module):
             for part, tensors in self.memories.tensors(name).items():
                 state.update({f"{name}/{part}/{k}": v for k, v in tensors.items()})
         if self.gates is not None:
-            state["gates/alpha"] = self.gates.alpha.detach().clone()
-            state["gates/lagrange"] = self.gates.lagrange.detach().clone()
+            state.update({f"gates/{name}": tensor for name, tensor in self.gates.state().items()})
         return state
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -163,22 +162,26 @@ class Learner(nn.Module):
                 parts.setdefault(part, {})[rest] = tensor
             self.memories.load(name, parts)
         if self.gates is not None:
-            with torch.no_grad():
-                self.gates.alpha.copy_(state["gates/alpha"])
-                self.gates.lagrange.copy_(state["gates/lagrange"])
+            mine = {k.removeprefix("gates/"): v for k, v in state.items() if k.startswith("gates/")}
+            self.gates.load(mine)
 
 
 class _StepCallback(TrainerCallback):
     """Starts every optimizer step's mask, and keeps the log."""
 
-    def __init__(self, learner: Learner, sparsity: float, ramp: int, report: Any) -> None:
+    def __init__(self, learner: Learner, sparsity: float, ramp: int, step_tokens: int, report: Any) -> None:
         self.learner, self.sparsity, self.ramp, self.report = learner, sparsity, ramp, report
+        self.step_tokens = step_tokens
 
     def target(self, step: int) -> float:
         return self.sparsity * min(1.0, (step + 1) / self.ramp) if self.ramp else self.sparsity
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learner.begin_step(state.global_step, self.target(state.global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.learner.gates is not None:
+            self.learner.gates.observe(self.step_tokens)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -327,6 +330,7 @@ def train(
     if steps == 0:
         return 0
     hooks = GateHooks(memories.model, gates.units) if gates is not None else None
+    step_tokens = learn.window * learn.batch * len(windows)
     learner = Learner(memories, gates, compensation, learn, hooks)
     ramp = max(1, round(learn.gates.ramp * steps)) if gates is not None else 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -358,7 +362,7 @@ def train(
         args=arguments,
         train_dataset=DomainWindows(windows, steps, learn.batch, seed),
         data_collator=_stack,
-        callbacks=[_StepCallback(learner, sparsity, ramp, report)],
+        callbacks=[_StepCallback(learner, sparsity, ramp, step_tokens, report)],
     )
     _quiet(trainer)
     memories.activate(None)
@@ -375,7 +379,7 @@ def train(
             hooks.remove()
         if learner.predictions is not None:
             learner.predictions.remove()
-    return steps * learn.window * learn.batch * len(windows)
+    return steps * step_tokens
 
 
 def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

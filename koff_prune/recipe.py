@@ -28,6 +28,12 @@ from koff_prune.templates import parse
 BASELINES = ("magnitude", "wanda", "taylor", "fisher", "random")
 Score = Literal["magnitude", "wanda", "taylor", "fisher", "random"]
 Start = Literal["constant", "magnitude", "wanda", "taylor", "fisher", "fisher_tokens", "curvature", "random"]
+Form = Literal["re_estimated", "straight_through", "hard_concrete"]
+COSTS = (
+    "fisher",
+    "fisher_tokens",
+    "curvature",
+)  # the starts that are in nats, as re-estimated gates need them
 MemoryKind = Literal["none", "lora", "kv", "lora+kv"]
 
 
@@ -238,15 +244,34 @@ class Memory(Section):
 class Gates(Section):
     """Gates over units, shared by all domains."""
 
-    form: Literal["straight_through", "hard_concrete"] = "straight_through"
+    form: Form = "re_estimated"
     start: Start = Field(
         default="curvature",
         description="Orders the units at first; curvature is the true Fisher, labels drawn from the model.",
     )
-    learning_rate: Float = Field(default=0.05, ge=0, description="Of Adam; 0 keeps the start's plan.")
+    learning_rate: Float = Field(default=0.05, ge=0, description="Of Adam; 0 keeps the start, in every form.")
+    prior_tokens: Int = Field(
+        default=100_000,
+        gt=0,
+        description="Re-estimated: tokens of gradients that weigh as much as the start.",
+    )
     ramp: Float = Field(
         default=0.05, ge=0, le=1, description="Share of the joint steps while the target rises."
     )
+
+    @model_validator(mode="after")
+    def _begins_in_nats(self) -> Gates:
+        if self.form == "re_estimated" and self.learning_rate > 0 and self.start not in COSTS:
+            raise ValueError(
+                f"re_estimated gates cannot begin from {self.start}, which is no cost in nats:"
+                f" choose start: {', '.join(COSTS)}, or form: straight_through"
+            )
+        return self
+
+    def of_row(self, row: CompareRow) -> Gates:
+        """These gates with what a koff row of `compare` overrides."""
+        asked = {"form": row.gates_form, "start": row.gates_start, "learning_rate": row.gates_learning_rate}
+        return Gates(**{**self.model_dump(), **{k: v for k, v in asked.items() if v is not None}})
 
 
 class Rates(Section):
@@ -313,7 +338,7 @@ class CompareRow(Section):
         default="none", description="The memory trained on the fixed plan; same: the recipe's."
     )
     gates_learning_rate: Float | None = Field(default=None, ge=0, description="koff: overrides learn.gates.")
-    gates_form: Literal["straight_through", "hard_concrete"] | None = None
+    gates_form: Form | None = None
     gates_start: Start | None = Field(default=None, description="koff: overrides learn.gates.")
     compensate: Literal["none", "least_squares"] | None = Field(
         default=None, description="Overrides cut.compensate."
@@ -380,6 +405,9 @@ class Recipe(Section):
     def _whole_recipe(self) -> Recipe:
         if self.memory.kind == "none" and self.learn.settle_tokens:
             raise ValueError("learn.settle_tokens trains memories: set it to 0 or give a memory")
+        for row in self.compare:
+            if row.method == "koff":
+                self.learn.gates.of_row(row)
         folded: dict[str, str] = {}
         for name in self.domains:
             other = folded.setdefault(name.casefold(), name)

@@ -11,7 +11,7 @@ the weights:
 * fisher_tokens: sum over tokens of (x_t . dL/dx_t)^2: the same before a window's tokens cancel each other.
 * curvature: the true Fisher, whose labels are drawn from the model's own predictions instead of read from the
   text (Kunstner et al. 2019, "Limitations of the empirical Fisher approximation"): mean over draws of
-  (dL/dz_u)^2 summed over windows, which is unbiased, plus (x_t . dL/dx_t)^2 summed over tokens, which is
+  (dL/dz_u)^2 summed over windows, which is unbiased, and of (x_t . dL/dx_t)^2 summed over tokens, which is
   less noisy.
 * random.
 
@@ -47,7 +47,7 @@ class Statistics:
         taylor: float32 [units], sum over windows of dL/dz.
         fisher: float32 [units], sum over windows of (dL/dz)^2.
         fisher_tokens: float32 [units], sum over tokens of (x . dL/dx)^2.
-        curvature: float32 [units], both sums again for labels that the model draws, mean over draws.
+        curvature: float32 [units], mean of both sums for labels that the model draws.
         tokens: Scoring tokens seen.
     """
 
@@ -167,7 +167,7 @@ def _accumulate_drawn(
     result: Statistics, place: Place, x: torch.Tensor, g: torch.Tensor, units: Units
 ) -> None:
     per_token = _per_token(place, x, g, units)
-    _add(result.curvature, place, (per_token.sum(0).square() + per_token.square().sum(0)) / DRAWS)
+    _add(result.curvature, place, (per_token.sum(0).square() + per_token.square().sum(0)) / (2 * DRAWS))
 
 
 def _accumulate(result: Statistics, place: Place, x: torch.Tensor, g: torch.Tensor, units: Units) -> None:
@@ -265,3 +265,19 @@ def score_units(
                 value = value / units.layers[i].cost(kind)
             scores[kind].append(value)
     return scores
+
+
+def removal_costs(
+    method: str, model: PreTrainedModel, units: Units, structure: Structure, statistics: Statistics
+) -> Scores:
+    """What removing each unit is expected to add to the loss, in nats per token: half its Fisher information.
+
+    Args:
+        method: fisher, fisher_tokens or curvature.
+        model: Dense.
+        units: Of that model.
+        structure: Where it names both kinds, costs are by parameter.
+        statistics: Of that model.
+    """
+    scores = score_units(method, model, units, structure, statistics)
+    return {kind: [0.5 * s / statistics.tokens for s in table] for kind, table in scores.items()}

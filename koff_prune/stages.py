@@ -18,14 +18,15 @@ from koff_export.files import read_json, staged_dir, write_json
 from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, load_backbone, save_backbone, slice_memory
 from koff_prune.evaluate import window_losses
-from koff_prune.gates import Gates
+from koff_prune.gates import RE_ESTIMATED, Gates
 from koff_prune.learn import Phase, steps_of, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
 from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind, Recipe
+from koff_prune.recipe import Gates as GatesSection
 from koff_prune.run import load_tensors, save_tensors
-from koff_prune.scores import score_units
+from koff_prune.scores import removal_costs, score_units
 from koff_prune.units import KINDS, Units
 
 if TYPE_CHECKING:
@@ -84,11 +85,9 @@ def arm_of(row: CompareRow, run: Run) -> Arm:
         return Arm("dense", trained_with=trained)
     compensate = row.compensate or recipe.cut.compensate
     if row.method == "koff":
-        gates = recipe.learn.gates
-        rate = gates.learning_rate if row.gates_learning_rate is None else row.gates_learning_rate
+        gates = recipe.learn.gates.of_row(row)
         learned = recipe.memory.kind if row.learned_with is None else row.learned_with
-        form, start = row.gates_form or gates.form, row.gates_start or gates.start
-        return Arm("koff", None, form, rate, start, learned, trained, compensate)
+        return Arm("koff", None, gates.form, gates.learning_rate, gates.start, learned, trained, compensate)
     ranking: str = row.ranking or "global"
     if ranking == "better":
         ranking = better_ranking(run, row.method, compensate)
@@ -150,8 +149,8 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
         update={"form": arm.gates, "learning_rate": arm.gates_rate, "start": arm.gates_start}
     )
     learn = recipe.learn.model_copy(update={"gates": gates_section})
-    start = None if gates_section.start == "constant" else baseline_scores(run, gates_section.start)
-    gates = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed)
+    start, prior = _start(run, gates_section)
+    gates = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed, prior)
     memories = memories_around(run, run.fresh(), arm.learned_with or "none")
     share = _joint_share(learn)
     train_logged(
@@ -170,6 +169,16 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
                 save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
     save_tensors(tensors, folder / "gates.safetensors")
     _drop_checkpoints(folder)
+
+
+def _start(run: Run, gates: GatesSection) -> tuple[Scores | None, float | None]:
+    """The scores that gates begin from, and re-estimated gates' prior_tokens; None where they stay there."""
+    if gates.start == "constant":
+        return None, None
+    if gates.form == RE_ESTIMATED and gates.learning_rate > 0:
+        costs = removal_costs(gates.start, run.dense.model, run.units, run.recipe.structure, run.statistics)
+        return costs, gates.prior_tokens
+    return baseline_scores(run, gates.start), None
 
 
 def _joint_share(learn: Learn) -> float:

@@ -1,4 +1,4 @@
-"""Both forms of gates, the controller that holds the target, and where a gate sits."""
+"""All forms of gates, the controller that holds the target, and where a gate sits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from model_helpers import memories_on, random_scores, tiny_model, token_ids
 from torch import nn
 
-from koff_prune.gates import BETA, GAMMA, ZETA, GateHooks, Gates
+from koff_prune.gates import BETA, EVERY, GAMMA, ZETA, GateHooks, Gates
 from koff_prune.plan import choose, removed_parameters
 from koff_prune.recipe import Structure
 from koff_prune.units import KINDS, Units, read_units
@@ -123,6 +123,47 @@ def test_unlearned_gates_choose_what_their_start_chooses(
         assert gates.kept() == choose(uneven, units, section, 0.3)
         assert gates.kept(0.1) == choose(uneven, units, section, 0.1)
     assert gates.alpha.dtype == torch.float32
+
+
+def test_costs_are_re_estimated_from_gradients(units: Units) -> None:
+    """Two steps by hand: weights 1 and 2, shrunk by n / (n + prior), closed units without their fit."""
+    structure = Structure(units=["ffn_neurons"], sparsity=0.3, of="blocks", round_to=4)
+    start = random_scores(units)
+    start["ffn_neurons"] = [0.1 + s.abs() for s in start["ffn_neurons"]]
+    gates = Gates(units, structure, "re_estimated", start, 0, prior_tokens=100)
+    prior = gates.alpha.detach().clone()
+    assert torch.equal(prior, torch.cat(start["ffn_neurons"]).float())
+    generator = torch.Generator().manual_seed(0)
+    means = []
+    for step in range(2):
+        gates.advance(step, 0.3)
+        z = gates.draw()
+        assert z is gates.draw() and z.requires_grad
+        assert torch.equal(z.detach() > 0.5, gates.mask(choose(start, units, structure, 0.3)))
+        slope = torch.randn(z.shape, generator=generator)
+        (z * slope).sum().backward()
+        closed = z.detach() < 0.5
+        fit = slope[closed].sum() / prior[closed].sum()
+        means.append(torch.where(closed, fit * prior - slope, -slope))
+        gates.observe(tokens=50)
+    mean = (means[0] + 2 * means[1]) / 3
+    seen = 50 * 3**2 / (1 + 4)  # as many tokens as equally weighted steps of the same noise would have
+    torch.testing.assert_close(gates.alpha.detach(), prior + seen / (seen + 100) * mean)
+    assert float(gates.penalty()) == 0
+
+
+def test_a_re_estimated_mask_stays_for_some_steps(units: Units) -> None:
+    """Each choice costs a solve, so the mask follows the costs every EVERY steps alone."""
+    gates = Gates(units, Structure(sparsity=0.3, of="blocks"), "re_estimated", random_scores(units), 0, 1)
+    gates.advance(0, 0.3)
+    before = gates.draw().detach()
+    with torch.no_grad():
+        gates.alpha.copy_(-gates.alpha)
+    gates.advance(EVERY - 1, 0.3)
+    assert torch.equal(gates.draw().detach(), before)
+    gates.advance(EVERY, 0.3)
+    assert not torch.equal(gates.draw().detach(), before)
+    assert torch.equal(gates.draw().detach() > 0.5, gates.mask(gates.kept(0.3)))
 
 
 def test_hard_concrete_gates_start_open(units: Units) -> None:

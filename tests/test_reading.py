@@ -241,3 +241,18 @@ def test_reading_a_recipe_needs_no_torch() -> None:
     code = f"import sys, koff_prune.reading; sys.exit(any(m in sys.modules for m in {heavy}))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_re_estimated_gates_need_a_start_in_nats(tmp_path: Path) -> None:
+    """A start that is no cost is refused with the starts that are, also in a row of compare."""
+    recipe = tmp_path / "recipe.yaml"
+    text = "version: 1\nmodel: {source: org/model}\ndomains: {a: {source: {hub: org/data}}}\n"
+    for more in (
+        "learn: {gates: {start: wanda}}\n",
+        "compare: [{method: koff, gates_start: wanda}]\n",
+    ):
+        recipe.write_text(text + more)
+        with pytest.raises(KoffError, match="cannot begin from wanda.*choose start: fisher"):
+            load_recipe(recipe)
+    recipe.write_text(text + "compare: [{method: koff, gates_start: wanda, gates_learning_rate: 0}]\n")
+    load_recipe(recipe)

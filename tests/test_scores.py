@@ -107,7 +107,7 @@ def test_curvature_is_the_fisher_of_labels_that_the_model_draws() -> None:
         for labels in drawn.T:
             loss = functional.cross_entropy(logits, labels, reduction="sum")
             for i, g in enumerate(torch.autograd.grad(loss, z, retain_graph=True)):
-                wanted[i] += (g.sum(0).square() + g.square().sum(0)) / DRAWS
+                wanted[i] += (g.sum(0).square() + g.square().sum(0)) / (2 * DRAWS)
     hooks.remove()
     for i in range(len(units.layers)):
         assert close(found[(i, "ffn_neurons")], wanted[i])
