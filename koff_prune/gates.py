@@ -5,9 +5,10 @@ as PEFT wrapped it, so that LoRA sees the gated input too. Three forms behind on
 
 * re-estimated: the hard mask of the units of lowest cost at the step's target, where a unit's cost is what
   its removal is expected to add to the loss, to second order (LeCun et al. 1989, "Optimal Brain Damage", with
-  the first-order term kept: at this point it is not zero), in nats per token: h/2 from the start's Fisher
-  scores, minus the mean gradient of its gate while the memories learn. A mean over n tokens is shrunk by
-  n / (n + prior_tokens), signal over signal and noise: the variance of both is proportional to h.
+  the first-order term kept: here it is not zero), in nats per token: h/2, h being the Fisher information of
+  its gate on the scoring text and on what the memories learn from, minus the mean gradient of its gate while
+  they learn. A mean over n tokens is shrunk by n / (n + prior_tokens), signal over signal and noise: the
+  variance of both is proportional to h.
 * hard concrete (Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization", 2.2): a
   stretched binary concrete sample, one draw per optimizer step from a generator seeded by (seed, step);
   expected sparsity held at its target by an augmented Lagrangian (CoFi, Xia et al. 2022; Sheared-LLaMA, Xia
@@ -50,6 +51,7 @@ class Gates(nn.Module):
         seed: Of the draws.
         prior_tokens: Tokens of gradients that weigh as much as the start (re-estimated gates alone); None:
             the start is kept.
+        scored_tokens: That the start's costs were estimated on.
 
     Attributes:
         alpha: float32 [gated units], the only parameter; higher means keep. Of re-estimated gates the cost,
@@ -66,6 +68,7 @@ class Gates(nn.Module):
     prior: torch.Tensor
     chosen: torch.Tensor
     surprise: torch.Tensor
+    squares: torch.Tensor
     weights: torch.Tensor
 
     def __init__(
@@ -76,6 +79,7 @@ class Gates(nn.Module):
         start: Scores | None,
         seed: int,
         prior_tokens: float | None = None,
+        scored_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.units, self.structure, self.form, self.seed = units, structure, form, seed
@@ -93,11 +97,16 @@ class Gates(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("target", torch.zeros(()))
         self._drawn: tuple[Any, torch.Tensor] | None = None
-        self.prior_tokens = prior_tokens
+        self.prior_tokens, self.scored_tokens = prior_tokens, scored_tokens
         self.register_buffer("prior", self.alpha.detach().clone())
         self.register_buffer("chosen", self.alpha.detach().clone())  # alpha that the step's mask comes from
         self.register_buffer("surprise", torch.zeros_like(self.cost))  # weighted mean, see `observe`
-        self.register_buffer("weights", torch.zeros(3))  # sums of weight, weight^2, tokens
+        self.register_buffer(
+            "squares", torch.zeros_like(self.cost)
+        )  # of the gradients' parts by token, summed
+        self.register_buffer(
+            "weights", torch.zeros(3, dtype=torch.float64)
+        )  # sums of weight, weight^2, tokens
 
     def _start(self, start: Scores | None, count: int) -> torch.Tensor:
         """Normal quantiles of the start's ranks: one scale, so that one learning rate fits every start."""
@@ -145,7 +154,9 @@ class Gates(nn.Module):
         """What a checkpoint must hold, by name, detached; `load` takes it back."""
         kept = {"alpha": self.alpha, "lagrange": self.lagrange}
         if self.form == RE_ESTIMATED:
-            kept |= {name: getattr(self, name) for name in ("prior", "chosen", "surprise", "weights")}
+            kept |= {
+                name: getattr(self, name) for name in ("prior", "chosen", "surprise", "squares", "weights")
+            }
         return {name: tensor.detach().clone() for name, tensor in kept.items()}
 
     @torch.no_grad()
@@ -161,6 +172,8 @@ class Gates(nn.Module):
         An open unit's gradient g says that closing it costs -g beyond its h/2; for a closed one g has the
         whole curvature in it, which is taken out as the share of the prior that fits all closed units
         best. Later steps weigh more, as their number: what the memories have yet to learn is not the mask's.
+        What `squares` has gathered tells h of a training text up to a factor, one for the open and one for
+        the closed units, and is pooled with the prior by tokens.
 
         Args:
             tokens: That the step's gradient is a mean over.
@@ -173,11 +186,17 @@ class Gates(nn.Module):
         fit = g[closed].sum() / self.prior[closed].sum().clamp_min(1e-30)
         found = torch.where(closed, fit * self.prior - g, -g)
         weight = float(self.step) + 1
-        self.weights += torch.tensor([weight, weight**2, tokens])
-        self.surprise += (found - self.surprise) * (weight / self.weights[0])
-        steps = self.weights[0] ** 2 / self.weights[1]  # as many equally weighted steps are as noisy
-        seen = steps * tokens
-        self.alpha.copy_(self.prior + seen / (seen + self.prior_tokens) * self.surprise)
+        self.weights += torch.tensor([weight, weight**2, tokens], dtype=torch.float64)
+        self.surprise += (found - self.surprise) * float(weight / self.weights[0])
+        seen, half = float(self.weights[2]), self.prior.clone()
+        squares = self.squares / self.cost if len(self.structure.units) > 1 else self.squares
+        for state in (closed, ~closed):
+            typical = float(squares[state].median()) if state.any() else 0.0
+            if typical > 0:
+                there = squares[state] * (self.prior[state].median() / typical)
+                half[state] += (there - half[state]) * (seen / (seen + self.scored_tokens))
+        steps = float(self.weights[0] ** 2 / self.weights[1])  # equally weighted ones that are as noisy
+        self.alpha.copy_(half + steps * tokens / (steps * tokens + self.prior_tokens) * self.surprise)
         z.grad = None
 
     def advance(self, step: int, target: float) -> None:
@@ -239,6 +258,25 @@ class Gates(nn.Module):
         return self.lagrange[0] * miss.mean() + self.lagrange[1] * miss.square().mean()
 
 
+class _Gate(torch.autograd.Function):
+    """x * z, whose way back adds to `into`, for every unit, the sum over tokens of (dL/dz by that token)^2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, z: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        """X [..., channels] in any dtype, z float32 [channels], into float32 [units]."""
+        ctx.save_for_backward(x, z)
+        ctx.into = into
+        return x * z.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Gradients of x and z."""
+        x, z = ctx.saved_tensors
+        parts = (grads[0] * x).reshape(-1, len(z)).float()
+        ctx.into += parts.view(len(parts), len(ctx.into), -1).sum(2).square().sum(0)
+        return grads[0] * z.to(x.dtype), parts.sum(0), None
+
+
 class GateHooks:
     """Puts the gates in front of their consumers in a (PEFT-wrapped) model.
 
@@ -247,6 +285,7 @@ class GateHooks:
 
     def __init__(self, model: nn.Module, units: Units) -> None:
         self.z: dict[tuple[int, UnitKind], torch.Tensor] = {}
+        self.squares: dict[tuple[int, UnitKind], torch.Tensor] = {}
         self._handles = []
         for i, layer in enumerate(decoder_layers(model)):
             self._handles.append(layer.mlp.down_proj.register_forward_pre_hook(self._hook(i, "ffn_neurons")))
@@ -258,7 +297,9 @@ class GateHooks:
             z = self.z.get((layer, kind))
             if z is None:
                 return None
-            return (args[0] * z.to(args[0].dtype), *args[1:])
+            x, into = args[0], self.squares.get((layer, kind))
+            gated = x * z.to(x.dtype) if into is None else _Gate.apply(x, z, into)
+            return (gated, *args[1:])
 
         return gate
 
@@ -267,6 +308,8 @@ class GateHooks:
         self.z = {}
         for i, kind, a, b in gates.slots:
             have = self.units.layers[i]
+            if gates.form == RE_ESTIMATED:
+                self.squares[(i, kind)] = gates.squares[a:b]
             part = z[a:b]
             # a KV group gates the outputs of all its query heads
             self.z[(i, kind)] = (

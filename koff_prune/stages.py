@@ -150,7 +150,8 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
     )
     learn = recipe.learn.model_copy(update={"gates": gates_section})
     start, prior = _start(run, gates_section)
-    gates = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed, prior)
+    scored = sum(b.scoring.numel() for b in run.domains.values())
+    gates = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed, prior, scored)
     memories = memories_around(run, run.fresh(), arm.learned_with or "none")
     share = _joint_share(learn)
     train_logged(

@@ -152,6 +152,47 @@ def test_costs_are_re_estimated_from_gradients(units: Units) -> None:
     assert float(gates.penalty()) == 0
 
 
+def test_curvature_of_training_is_pooled_with_the_starts(units: Units) -> None:
+    """200 tokens scored, 50 trained: a fifth of h is the training's, on the prior's scale in each state."""
+    structure = Structure(units=["ffn_neurons"], sparsity=0.3, of="blocks", round_to=4)
+    start = random_scores(units)
+    start["ffn_neurons"] = [0.1 + s.abs() for s in start["ffn_neurons"]]
+    gates = Gates(units, structure, "re_estimated", start, 0, prior_tokens=100, scored_tokens=200)
+    prior = gates.alpha.detach().clone()
+    gates.advance(0, 0.3)
+    z = gates.draw()
+    (z * 0).sum().backward()
+    gates.squares += 7 * prior * torch.linspace(0.5, 1.5, len(prior))
+    gates.observe(tokens=50)
+    for state in (z < 0.5, z > 0.5):
+        there = gates.squares[state] * prior[state].median() / gates.squares[state].median()
+        torch.testing.assert_close(gates.alpha.detach()[state], 0.8 * prior[state] + 0.2 * there)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gates_way_back_sums_squares_by_token(units: Units, kind: str) -> None:
+    """Against autograd with a gate of its own for every token; the gradient of z is not changed by it."""
+    model = tiny_model()
+    structure = Structure(units=[kind], sparsity=0.3, of="blocks", round_to=4)  # type: ignore[list-item]
+    gates = Gates(units, structure, "re_estimated", random_scores(units), 0, 100)
+    hooks, ids = GateHooks(model, units), token_ids(2, 7)
+    gates.advance(0, 0.3)
+    z = gates.draw()
+    hooks.set(gates, z)
+    model(input_ids=ids).logits.square().sum().backward()
+    assert z.grad is not None
+    wide = {place: flat.detach().expand(2, 7, -1).clone().requires_grad_() for place, flat in hooks.z.items()}
+    hooks.squares, hooks.z = {}, wide
+    model(input_ids=ids).logits.square().sum().backward()
+    hooks.remove()
+    for i, _, a, b in gates.slots:
+        grad = wide[(i, kind)].grad  # type: ignore[index]
+        assert grad is not None
+        parts = grad.view(14, b - a, -1).sum(2)
+        torch.testing.assert_close(gates.squares[a:b], parts.square().sum(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(z.grad[a:b], parts.sum(0), rtol=1e-4, atol=1e-4)
+
+
 def test_a_re_estimated_mask_stays_for_some_steps(units: Units) -> None:
     """Each choice costs a solve, so the mask follows the costs every EVERY steps alone."""
     gates = Gates(units, Structure(sparsity=0.3, of="blocks"), "re_estimated", random_scores(units), 0, 1)
