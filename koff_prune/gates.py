@@ -259,7 +259,7 @@ class Gates(nn.Module):
 
 
 class _Gate(torch.autograd.Function):
-    """x * z, whose way back adds to `into`, for every unit, the sum over tokens of (dL/dz by that token)^2."""
+    """x * z, whose way back adds to `into`, for every unit: sum over tokens of (dL/dz by that token)^2."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, z: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
