@@ -58,7 +58,7 @@ def write_bundle(run: Run) -> Path:
         told = {}
         for name in domains:
             shutil.copytree(run.folder / "memories" / name, aside / "memories" / name)
-            told[name] = _told(aside / "memories" / name, name, "onnx" in recipe.export.formats)
+            told[name] = tell_memory(aside / "memories" / name, name, "onnx" in recipe.export.formats)
         tokenizer, config = run.dense.tokenizer, run.dense.model.config
         eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
         manifest: dict[str, Any] = {
@@ -86,7 +86,8 @@ def write_bundle(run: Run) -> Path:
     return target
 
 
-def _told(folder: Path, name: str, onnx: bool) -> dict[str, Any]:
+def tell_memory(folder: Path, name: str, onnx: bool) -> dict[str, Any]:
+    """What the manifest says of a saved memory."""
     memory = memory_of_folder(folder)
     tensors = load_memory(folder)
     return {
@@ -135,8 +136,14 @@ def _write_onnx(folder: Path, domains: list[str], recipe: Recipe) -> dict[str, A
     return {**vars(info), "precisions": precisions}
 
 
-def numerics(folder: Path, tokens: int = 24) -> dict[str, float]:
-    """Largest logit difference between torch (float32) and ONNX Runtime, without and with every memory."""
+def numerics(folder: Path, tokens: int = 24, names: list[str] | None = None) -> dict[str, float]:
+    """Largest logit difference between torch (float32) and ONNX Runtime, without and with every memory.
+
+    Args:
+        folder: The bundle.
+        tokens: Of the random text.
+        names: Only these memories.
+    """
     from koff_export.runtime import Runtime
 
     manifest = open_manifest(folder)
@@ -147,7 +154,8 @@ def numerics(folder: Path, tokens: int = 24) -> dict[str, float]:
     result = {}
     model = load_backbone(folder, torch.float32)
     attached = None
-    for name in [None, *manifest.domains]:
+    asked: list[str | None] = [*names] if names else [None, *manifest.domains]
+    for name in asked:
         if name is not None:
             attached = attach_memory(model, folder / "memories" / name)
             attached.activate(attached.domains[0])

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from koff_export.errors import KoffError
+from koff_prune.memory_cli import app as memory_app
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Knowledge offloading for language models: a recipe in, a compact backbone with memories out.",
 )
+
+app.add_typer(memory_app, name="memory")
 
 OUT_OF_MEMORY = "out of memory; lower learn.window or learn.batch, or set learn.gradient_checkpointing: true"
 

@@ -17,13 +17,20 @@ from koff_prune.recipe import Recipe
 Loc = tuple[int | str, ...]
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None, *, check_files: bool = True) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    *,
+    check_files: bool = True,
+    text: str | None = None,
+) -> Recipe:
     """Reads, overrides and checks a recipe.
 
     Args:
         path: YAML file. Relative paths in it are resolved against its folder.
         overrides: `dotted.key=value` strings; the value is parsed as YAML.
         check_files: Whether the local files that it names must exist.
+        text: Read this instead of the file; `path` is where it is said to be from.
 
     Returns:
         The recipe, its local paths absolute, so that a saved copy means the same from anywhere.
@@ -32,7 +39,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, *, check_f
         KoffError: One line per mistake, each with its YAML line, key, value and mend.
     """
     path = Path(path)
-    node = _compose(path)
+    node = _compose(path, text)
     loader = _Loader("")
     try:
         data = loader.construct_document(node)
@@ -73,9 +80,9 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _compose(path: Path) -> yaml.Node:
+def _compose(path: Path, text: str | None = None) -> yaml.Node:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if text is None else text
     except OSError as error:
         raise KoffError(
             f"recipe {path}: cannot be read ({(error.strerror or str(error)).lower()})"

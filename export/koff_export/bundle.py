@@ -260,6 +260,37 @@ def write_manifest(folder: str | os.PathLike[str], manifest: dict[str, Any]) -> 
     open_manifest(root)
 
 
+def set_domain(folder: str | os.PathLike[str], name: str, told: dict[str, Any] | None) -> None:
+    """Enters one memory and its files into `folder`/koff.json, or (None) takes them out.
+
+    No other entry changes, so that what is damaged elsewhere stays found. The files themselves are the
+    caller's: there before the memory is entered, deleted after it is taken out.
+
+    Raises:
+        KoffError: the disk refuses, or the name or a value is of a kind that `open_manifest` would refuse.
+    """
+    root = Path(folder)
+    if told is not None:
+        _domain(name, told, os.fspath(root / MANIFEST))
+    open_manifest(root)
+    manifest = read_json(root / MANIFEST)
+    old = manifest["domains"].pop(name, {})
+    gone = f"{(told or old).get('peft') or f'memories/{name}'}/"
+    adapters = {old.get("adapter"), (told or {}).get("adapter")}
+    files = {
+        path: entry
+        for path, entry in manifest["files"].items()
+        if not path.startswith(gone) and path not in adapters
+    }
+    if told is not None:
+        manifest["domains"][name] = told
+        mine = [p for p in _walk(root) if p.startswith(gone) or p == told.get("adapter")]
+        for path in mine:
+            _check_kind(path)
+            files[path] = {"sha256": sha256_file(root / path), "size": (root / path).stat().st_size}
+    write_json(root / MANIFEST, {**manifest, "files": files})
+
+
 def _check_kind(name: str) -> None:
     if not name.endswith(_SUFFIXES) and name.rsplit("/", 1)[-1] not in _PLAIN_NAMES:
         raise KoffError(

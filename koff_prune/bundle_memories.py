@@ -1,0 +1,364 @@
+"""Memories of a finished bundle: one more trained on its backbone, taken out, shipped alone.
+
+The backbone's files are read and never written. Whatever is interrupted leaves a bundle that is whole: files
+come before the manifest's entry and go after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from transformers import AutoTokenizer
+
+from koff_export.bundle import Domain as Told
+from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
+from koff_export.errors import KoffError
+from koff_export.files import disk_errors, read_json, staged_dir, write_json
+from koff_prune.bundling import attach_memory, lora_slots, numerics, tell_memory
+from koff_prune.cut import load_backbone
+from koff_prune.domains import load_domain
+from koff_prune.evaluate import window_losses
+from koff_prune.learn import Phase, steps_of, train
+from koff_prune.memory import MEMORY_FILES, Memories, load_memory, memory_of_folder, save_memory
+from koff_prune.progress import bar, say
+from koff_prune.reading import load_recipe
+from koff_prune.recipe import Recipe
+
+TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
+PACKED = "koff-memory.json"  # the table of contents inside a packed memory
+_FILES = (*MEMORY_FILES.values(), "adapter_config.json", "README.md")
+_LARGEST = 1 << 34  # bytes; no memory is larger
+
+
+def list_memories(bundle: Path) -> list[dict[str, Any]]:
+    """What the manifest tells of every memory, with the bytes of its files."""
+    manifest = open_manifest(bundle)
+    return [{"name": name, **vars(told), "bytes": _bytes(manifest, name)}
+            for name, told in manifest.domains.items()]  # fmt: skip
+
+
+def inspect_memory(bundle: Path, name: str) -> dict[str, Any]:
+    """One memory in full: sizes, plan, files, and the held-out loss where it was measured.
+
+    Raises:
+        KoffError: No such memory.
+    """
+    manifest = open_manifest(bundle)
+    told = _told(bundle, manifest, name)
+    raw = read_json(bundle / "koff.json")["domains"][name]
+    return {"name": name, **vars(told), **{k: v for k, v in raw.items() if k == "heldout"},
+            "plan": manifest.plan, "bytes": _bytes(manifest, name),
+            "files": {f: manifest.files[f] for f in _files(manifest, name)}}  # fmt: skip
+
+
+def add_memory(
+    bundle: Path,
+    name: str,
+    data: Path,
+    *,
+    tokens: int = 32_768,
+    overrides: list[str] | None = None,
+    replace: bool = False,
+) -> dict[str, Any]:
+    """Trains one more memory on a bundle's backbone, which does not change by a byte.
+
+    Args:
+        bundle: The bundle's folder.
+        name: Of the new memory.
+        data: Texts (a file or folder), or a YAML file with a domain (`source: …`).
+        tokens: To train on.
+        overrides: `dotted.key=value` of a recipe, such as learn.window=256 or memory.lora.rank=4. What they
+            leave open is as in the bundle's other memories.
+        replace: A memory of this name may be there; it is, until the new one is finished.
+
+    Returns:
+        What the manifest tells of it, with the held-out loss with and without it.
+
+    Raises:
+        KoffError: The name is taken, the data are too few, or the bundle is damaged.
+    """
+    manifest = open_manifest(bundle)
+    if name in manifest.domains and not replace:
+        raise KoffError(f"memory '{name}': {bundle} has it already; name another, or use --replace")
+    recipe = _recipe(bundle, manifest, name, data, tokens, overrides)
+    for file in manifest.files:
+        if "/" not in file:
+            check_file(bundle, manifest, file)
+    with _alone(bundle):
+        work = bundle / f".adding-{name}"
+        _same_work(work, recipe)
+        tokenizer = AutoTokenizer.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
+        blocks = load_domain(name, recipe.domains[name], tokenizer, recipe, bos=manifest.bos)
+        model = load_backbone(bundle)
+        memories = Memories(model, recipe.memory, {name: blocks.prefill}, recipe.seed)
+        learn = recipe.learn
+        with bar(f"training {name}", steps_of(tokens, learn, 1) * learn.window * learn.batch) as progress:
+            train(
+                memories, {name: blocks.train}, learn, Phase(tokens, 0.0, 1.0), work, seed=recipe.seed,
+                report=lambda step, loss, _: progress(learn.window * learn.batch, f"loss {loss:.3f}"),
+            )  # fmt: skip
+        losses = [window_losses(memories, blocks.heldout, who) for who in (name, None)]
+        means = [sum(values) / len(values) for values in losses]
+        with staged_dir(work / "memory") as aside:
+            save_memory(aside, memories.tensors(name), recipe.memory, str(manifest.model.get("source", "")))
+        more = {"heldout": {"nats": means[0], "without": means[1], "tokens": blocks.heldout.numel()}}
+        told = _publish(bundle, manifest, name, work / "memory", more)
+        shutil.rmtree(work)
+    return told
+
+
+def remove_memory(bundle: Path, name: str) -> None:
+    """Takes a memory out of a bundle: first its entry, then its files.
+
+    Raises:
+        KoffError: No such memory.
+    """
+    manifest = open_manifest(bundle)
+    told = _told(bundle, manifest, name)
+    with _alone(bundle):
+        set_domain(bundle, name, None)
+        _delete(bundle, name, told.adapter)
+
+
+def pack_memory(bundle: Path, name: str, target: Path) -> Path:
+    """Writes one memory as one file, which `unpack_memory` puts into a bundle of the same plan.
+
+    The file is a zip archive without compression: the memory's files, and a table of their checksums.
+
+    Raises:
+        KoffError: No such memory, a damaged one, or the target is there already.
+    """
+    manifest = open_manifest(bundle)
+    _told(bundle, manifest, name)
+    if target.exists():
+        raise KoffError(f"{target}: is there already; remove it or name another file")
+    files = [f for f in _files(manifest, name) if f.startswith("memories/")]
+    for file in files:
+        check_file(bundle, manifest, file)
+    contents = {
+        "format": 1, "name": name, "plan": manifest.plan, "model": manifest.model,
+        "told": read_json(bundle / "koff.json")["domains"][name],
+        "files": {Path(f).name: manifest.files[f] for f in files},
+    }  # fmt: skip
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with disk_errors(target):
+        try:
+            with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr(PACKED, json.dumps(contents, indent=1))
+                for file in files:
+                    archive.write(bundle / file, Path(file).name)
+            aside.rename(target)
+        finally:
+            aside.unlink(missing_ok=True)
+    return target
+
+
+def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[str, Any]:
+    """Puts a packed memory into a bundle whose plan it was trained for.
+
+    Raises:
+        KoffError: Not a packed memory, a damaged or hostile one, of another plan, or the name is taken.
+    """
+    manifest = open_manifest(bundle)
+    with _alone(bundle):
+        place = bundle / ".unpacked"
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            with staged_dir(place) as aside:
+                contents = _extract(packed, aside)
+            name = contents["name"]
+            if contents["plan"] != manifest.plan:
+                raise KoffError(
+                    f"{packed}: memory '{name}' is of plan {contents['plan'][:12]}, {bundle} of"
+                    f" {manifest.plan[:12]}; a memory fits the backbone that it was trained on alone"
+                )
+            if name in manifest.domains and not replace:
+                raise KoffError(f"memory '{name}': {bundle} has it already; name another, or use --replace")
+            attach_memory(load_backbone(bundle), place)  # refuses the shapes of another backbone
+            more = {k: v for k, v in contents["told"].items() if k == "heldout"}
+            return _publish(bundle, manifest, name, place, more)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _extract(packed: Path, into: Path) -> dict[str, Any]:
+    """Checks everything that a packed memory says before a byte of it is believed."""
+    try:
+        with zipfile.ZipFile(packed) as archive:
+            entries = {e.filename: e for e in archive.infolist()}
+            table = entries.pop(PACKED, None)
+            if table is None or table.file_size > 1 << 20 or len(entries) != len(archive.infolist()) - 1:
+                raise KoffError(f"{packed}: is no packed memory; make one with `koff-prune memory pack`")
+            contents = json.loads(archive.read(table))
+            _check_contents(packed, contents, entries)
+            for file, entry in entries.items():
+                seen = hashlib.sha256()
+                with archive.open(entry) as source, open(into / file, "xb") as target:
+                    while piece := source.read(1 << 20):
+                        seen.update(piece)
+                        target.write(piece)
+                if seen.hexdigest() != contents["files"][file]["sha256"]:
+                    raise KoffError(f"{packed}: {file} has another sha256 than it says; fetch it again")
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as error:
+        raise KoffError(f"{packed}: cannot be read as a packed memory ({error})") from error
+    return dict(contents)
+
+
+def _check_contents(packed: Path, contents: Any, entries: dict[str, zipfile.ZipInfo]) -> None:
+    wrong = KoffError(f"{packed}: its table of contents is damaged or hostile; fetch it again")
+    if not isinstance(contents, dict) or contents.get("format") != 1:
+        raise wrong
+    name, files, told = (contents.get(key) for key in ("name", "files", "told"))
+    if not isinstance(contents.get("plan"), str) or not isinstance(told, dict) or not isinstance(files, dict):
+        raise wrong
+    _check_name(name)
+    if set(files) != set(entries) or not set(files) <= set(_FILES):
+        raise wrong
+    for file, entry in entries.items():
+        said = files[file]
+        if not isinstance(said, dict) or said.get("size") != entry.file_size or entry.file_size > _LARGEST:
+            raise wrong
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise wrong  # so that nothing grows while it is read
+
+
+def _check_name(name: Any) -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    from koff_prune.fields import Name
+
+    try:
+        TypeAdapter(Name).validate_python(name, strict=True)
+    except ValidationError as error:
+        raise KoffError(
+            f"memory {name!r}: a name has up to 64 letters, digits, dots, dashes and underscores"
+        ) from error
+
+
+def _publish(
+    bundle: Path, manifest: Manifest, name: str, source: Path, more: dict[str, Any]
+) -> dict[str, Any]:
+    """Moves a memory's files into the bundle and enters it; takes it out again where ONNX disagrees."""
+    old = manifest.domains.get(name)
+    if old is not None:
+        set_domain(bundle, name, None)
+        _delete(bundle, name, old.adapter)
+    with staged_dir(bundle / "memories" / name) as aside:
+        shutil.copytree(source, aside, dirs_exist_ok=True)
+    if manifest.graph is not None:
+        _write_adapter(bundle, name, manifest.graph.layers)
+    told = {**tell_memory(bundle / "memories" / name, name, manifest.graph is not None), **more}
+    set_domain(bundle, name, told)
+    if manifest.graph is not None:
+        say("checking ONNX against torch")
+        worst = numerics(bundle, names=[name])[name]
+        if not worst <= TOLERANCE:
+            set_domain(bundle, name, None)
+            _delete(bundle, name, told["adapter"])
+            raise KoffError(
+                f"memory '{name}': ONNX differs from torch by {worst:.2g}, more than {TOLERANCE};"
+                " it was taken out again"
+            )
+    return told
+
+
+def _write_adapter(bundle: Path, name: str, layers: int) -> None:
+    from koff_export.onnx import write_adapter
+
+    folder = bundle / "memories" / name
+    memory, tensors = memory_of_folder(folder), load_memory(folder)
+    scale = memory.lora.alpha / memory.lora.rank if memory.lora else 0.0
+    slots = lora_slots(tensors["lora"]) if "lora" in tensors else {}
+    kv = tensors.get("kv")
+    pairs = None
+    if kv is not None:
+        pairs = [(kv[f"layers.{i}.key"], kv[f"layers.{i}.value"]) for i in range(layers)]
+    target = bundle / "onnx" / "memories" / f"{name}.onnx_adapter"
+    aside = target.with_name(f".{target.name}")
+    with disk_errors(target):
+        target.parent.mkdir(exist_ok=True)
+        write_adapter(aside, {module: (a, b, scale) for module, (a, b) in slots.items()}, pairs)
+        aside.rename(target)
+
+
+def _delete(bundle: Path, name: str, adapter: str | None) -> None:
+    shutil.rmtree(bundle / "memories" / name, ignore_errors=True)
+    if adapter is not None:
+        (bundle / "onnx" / "memories" / f"{name}.onnx_adapter").unlink(missing_ok=True)
+
+
+def _recipe(
+    bundle: Path, manifest: Manifest, name: str, data: Path, tokens: int, overrides: list[str] | None
+) -> Recipe:
+    """A recipe of one domain around the bundle: its memory as in the bundle's others, nothing to learn."""
+    _check_name(name)
+    if tokens < 1:
+        raise KoffError(f"--tokens: {tokens} is not above 0; name the tokens to train on")
+    if data.suffix in (".yaml", ".yml"):
+        try:
+            domain = yaml.safe_load(data.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise KoffError(f"{data}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
+        if isinstance(domain, dict) and "source" not in domain and set(domain) == {name}:
+            domain = domain[name]  # as it stands under `domains:` in a recipe
+    else:
+        domain = {"source": str(data.resolve())}
+    others = list(manifest.domains)
+    memory = {}
+    if others:
+        memory = memory_of_folder(bundle / "memories" / others[0]).model_dump(mode="json")
+        memory = {part: value or "none" for part, value in memory.items()}
+    made = {
+        "version": 1, "model": {"source": str(bundle.resolve())}, "domains": {name: domain},
+        **({"memory": memory} if memory else {}),
+        "learn": {"tokens": 0, "settle_tokens": tokens, "window": min(512, manifest.window)},
+        "evaluate": {"window": manifest.window},
+    }  # fmt: skip
+    return load_recipe(data.resolve(), overrides, text=yaml.safe_dump(made, sort_keys=False))
+
+
+def _same_work(work: Path, recipe: Recipe) -> None:
+    """What an interrupted training left is gone on with where it is of the same recipe, else dropped."""
+    stamp = work / "recipe.json"
+    if stamp.exists() and read_json(stamp).get("recipe") != recipe.digest():
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    write_json(stamp, {"recipe": recipe.digest()})
+
+
+@contextmanager
+def _alone(bundle: Path) -> Iterator[None]:
+    lock = FileLock(bundle / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise KoffError(f"{bundle}: another koff-prune is at work there; wait for it") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _told(bundle: Path, manifest: Manifest, name: str) -> Told:
+    if name not in manifest.domains:
+        raise KoffError(f"memory '{name}': not in {bundle}; it has {', '.join(manifest.domains) or 'none'}")
+    return manifest.domains[name]
+
+
+def _files(manifest: Manifest, name: str) -> list[str]:
+    adapter = manifest.domains[name].adapter
+    return [f for f in manifest.files if f.startswith(f"memories/{name}/") or f == adapter]
+
+
+def _bytes(manifest: Manifest, name: str) -> int:
+    return sum(manifest.files[f]["size"] for f in _files(manifest, name))

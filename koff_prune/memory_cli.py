@@ -1,0 +1,101 @@
+"""`koff-prune memory …`: memories of a finished bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, help="Memories of a finished bundle: add, list, inspect, remove, pack, unpack."
+)
+Bundle = Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="The memory's name.", show_default=False)]
+Replace = Annotated[bool, typer.Option("--replace", help="Take the place of a memory of this name.")]
+
+
+@app.command()
+def add(
+    bundle: Bundle,
+    name: Annotated[str, typer.Option("--name", help="Of the new memory.")],
+    data: Annotated[Path, typer.Option("--data", help="Texts, or a YAML file with `source: …`.")],
+    tokens: Annotated[int, typer.Option("--tokens", help="To train on.")] = 32_768,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a recipe key: --set memory.lora.rank=4.")
+    ] = None,
+    replace: Replace = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor cores.")] = None,
+) -> None:
+    """Train one more memory on the bundle's backbone, which stays as it is. Goes on where it was stopped."""
+    from koff_prune import api
+    from koff_prune.bundle_memories import add_memory
+
+    api.set_threads(threads)
+    try:
+        told = add_memory(bundle, name, data, tokens=tokens, overrides=set_, replace=replace)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        raise typer.Exit(130) from None
+    held = told["heldout"]
+    print(f"{name}: held-out loss {held['nats']:.3f} nats with it, {held['without']:.3f} without")
+
+
+@app.command("list")
+def list_(bundle: Bundle) -> None:
+    """The memories of a bundle."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from koff_prune.bundle_memories import list_memories
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("memory", "parameters", "LoRA rank", "KV tokens", "bytes"):
+        table.add_column(column, justify="left" if column == "memory" else "right")
+    for m in list_memories(bundle):
+        table.add_row(m["name"], f"{m['parameters']:,}", str(m["lora_rank"]), str(m["kv_tokens"]),
+                      f"{m['bytes']:,}")  # fmt: skip
+    Console().print(table)
+
+
+@app.command()
+def inspect(bundle: Bundle, name: Name) -> None:
+    """Everything that is known of one memory, as JSON."""
+    from koff_prune.bundle_memories import inspect_memory
+
+    print(json.dumps(inspect_memory(bundle, name), indent=2))
+
+
+@app.command()
+def remove(bundle: Bundle, name: Name) -> None:
+    """Take a memory out of a bundle."""
+    from koff_prune.bundle_memories import remove_memory
+
+    remove_memory(bundle, name)
+
+
+@app.command()
+def pack(
+    bundle: Bundle,
+    name: Name,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File [default: NAME.koffmem].")] = None,
+) -> None:
+    """Write one memory as one file that can be shipped alone."""
+    from koff_prune.bundle_memories import pack_memory
+
+    print(pack_memory(bundle, name, out or Path(f"{name}.koffmem")))
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="From `memory pack`.", show_default=False)],
+    bundle: Bundle,
+    replace: Replace = False,
+) -> None:
+    """Put a packed memory into a bundle of the same plan."""
+    from koff_prune.bundle_memories import unpack_memory
+
+    unpack_memory(file, bundle, replace=replace)

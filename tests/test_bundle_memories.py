@@ -1,0 +1,215 @@
+"""Memories of a finished bundle: added, shipped alone, taken out; the backbone does not change by a byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_helpers import tiny_config, token_ids
+from run_helpers import koff_prune, recipe_of
+
+import koff_prune as package
+from koff_export.bundle import check_files, open_manifest
+from koff_export.files import sha256_file
+from koff_export.runtime import Runtime
+from koff_prune import load_bundle
+from koff_prune.bundle_memories import PACKED
+from koff_prune.learn import LearnTrainer
+
+KEYS = ("learn.window=16", "learn.batch=2", "learn.checkpoint_steps=4", "learn.rates.lora=0.05",
+        "learn.rates.kv=0.2", "evaluate.tokens=64", "scoring.tokens=64", "scoring.window=16")  # fmt: skip
+SETTINGS = ("--tokens", "640", *(part for key in KEYS for part in ("--set", key)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("place")
+    config = tiny_config("qwen2", num_hidden_layers=2, tie_word_embeddings=True)
+    package.apply(recipe_of(folder, config, export={"formats": ["safetensors", "onnx"]}), folder / "run")
+    (folder / "sea").mkdir()
+    for n in range(40):
+        (folder / "sea" / f"{n}.txt").write_text(f"any return of court {n} of any return of court {n}\n")
+    return folder
+
+
+@pytest.fixture
+def bundle(place: Path, tmp_path: Path) -> Path:
+    shutil.copytree(place / "run" / "bundle", tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def sums(bundle: Path) -> dict[str, str]:
+    """Checksums of everything that is no memory and no manifest."""
+    return {
+        p.relative_to(bundle).as_posix(): sha256_file(p)
+        for p in bundle.rglob("*")
+        if p.is_file() and "memories" not in p.parts and p.name != "koff.json" and not p.name.startswith(".")
+    }
+
+
+def add(capsys: pytest.CaptureFixture[str], place: Path, bundle: Path, *more: str, name: str = "sea") -> Any:
+    return koff_prune(
+        capsys, "memory", "add", bundle, "--name", name, "--data", place / "sea", *SETTINGS, *more
+    )
+
+
+def test_a_memory_is_added(place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It helps on its text, runs in torch and ONNX alike, is listed; every other file is as it was."""
+    before, running = sums(bundle), Runtime.open(bundle)
+    answer = add(capsys, place, bundle)
+    assert answer.code == 0, answer.err
+    assert sums(bundle) == before
+    check_files(bundle, open_manifest(bundle))
+    assert not list(bundle.glob(".adding-*"))
+    told = json.loads(koff_prune(capsys, "memory", "inspect", bundle, "sea").out)
+    assert told["heldout"]["nats"] < told["heldout"]["without"] - 0.1
+    assert (told["lora_rank"], told["kv_tokens"]) == (2, 4), "as in the bundle's other memories"
+    ids = token_ids(1, 9)
+    with torch.no_grad():
+        expected = load_bundle(bundle, "sea", torch.float32)(input_ids=ids).logits[0].numpy()
+    for runtime in (running, Runtime.open(bundle)):  # the one was open before the memory was there
+        assert np.abs(runtime.logits(ids[0].tolist(), "sea") - expected).max() < 1e-3
+    listed = koff_prune(capsys, "memory", "list", bundle).out
+    assert all(name in listed for name in ("law", "code", "sea"))
+    assert koff_prune(capsys, "verify", bundle).code == 0
+
+
+def test_a_name_that_is_taken_needs_replace(
+    place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused with the mend; with --replace the new one takes the old one's place."""
+    taken = add(capsys, place, bundle, name="law")
+    assert taken.code == 2 and "--replace" in taken.err and taken.err.count("\n") == 1
+    old = sha256_file(bundle / "memories/law/kv.safetensors")
+    assert add(capsys, place, bundle, "--replace", "--set", "memory.kv.tokens=6", name="law").code == 0
+    assert sha256_file(bundle / "memories/law/kv.safetensors") != old
+    assert open_manifest(bundle).domains["law"].kv_tokens == 6
+    check_files(bundle, open_manifest(bundle))
+
+
+def test_an_interrupted_addition_goes_on(
+    place: Path, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle stays whole and unchanged; the same command ends as an uninterrupted one does."""
+    twin = bundle.with_name("twin")
+    shutil.copytree(bundle, twin)
+    manifest = (bundle / "koff.json").read_bytes()
+    save = LearnTrainer._save_checkpoint
+
+    def stops(self: LearnTrainer, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LearnTrainer, "_save_checkpoint", stops)
+    stopped = add(capsys, place, bundle)
+    assert stopped.code == 130 and "run the same command again" in stopped.err
+    assert (bundle / "koff.json").read_bytes() == manifest
+    check_files(bundle, open_manifest(bundle))
+    monkeypatch.setattr(LearnTrainer, "_save_checkpoint", save)
+    assert add(capsys, place, bundle).code == 0
+    assert add(capsys, place, twin).code == 0
+    for file in ("kv.safetensors", "adapter_model.safetensors"):
+        assert sha256_file(bundle / "memories/sea" / file) == sha256_file(twin / "memories/sea" / file)
+
+
+def test_a_memory_travels_alone(place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packed, taken out, unpacked: the same bytes. A bundle of another plan refuses it."""
+    file, law = bundle.with_name("law.koffmem"), bundle / "memories/law/kv.safetensors"
+    before = {p.name: sha256_file(p) for p in law.parent.iterdir()}
+    manifest = json.loads((bundle / "koff.json").read_text())
+    assert koff_prune(capsys, "memory", "pack", bundle, "law", "-o", file).code == 0
+    assert koff_prune(capsys, "memory", "remove", bundle, "law").code == 0
+    assert not law.parent.exists() and "law" not in open_manifest(bundle).domains
+    check_files(bundle, open_manifest(bundle))
+    answer = koff_prune(capsys, "memory", "unpack", file, bundle)
+    assert answer.code == 0, answer.err
+    assert {p.name: sha256_file(p) for p in law.parent.iterdir()} == before
+    again = json.loads((bundle / "koff.json").read_text())
+    assert again["domains"]["law"] == manifest["domains"]["law"]
+    assert again["files"] == manifest["files"]
+
+    changed = {**again, "plan": "0" * 64}
+    (bundle / "koff.json").write_text(json.dumps(changed))
+    other = koff_prune(capsys, "memory", "unpack", file, bundle, "--replace")
+    assert other.code == 2 and "of plan" in other.err and other.err.count("\n") == 1
+
+
+def rewritten(file: Path, change: Any) -> Path:
+    """The packed memory with its table and members changed by `change(table, members)`."""
+    with zipfile.ZipFile(file) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    table = json.loads(members.pop(PACKED))
+    options = change(table, members) or {}
+    bad = file.with_name("bad.koffmem")
+    with zipfile.ZipFile(bad, "w", options.get("compression", zipfile.ZIP_STORED)) as archive:
+        archive.writestr(PACKED, json.dumps(table))
+        for n, data in members.items():
+            archive.writestr(n, data)
+    return bad
+
+
+def escape(table: Any, members: Any) -> None:
+    members["../../evil.safetensors"] = members.pop("kv.safetensors")
+    table["files"]["../../evil.safetensors"] = table["files"].pop("kv.safetensors")
+
+
+def pickled(table: Any, members: Any) -> None:
+    members["evil.pkl"] = b"x"
+    table["files"]["evil.pkl"] = {"size": 1, "sha256": ""}
+
+
+def flip(table: Any, members: Any) -> None:
+    data = members["kv.safetensors"]
+    members["kv.safetensors"] = data[:-1] + bytes([data[-1] ^ 1])
+
+
+def rename(table: Any, members: Any) -> None:
+    table["name"] = "../law"
+
+
+def lie(table: Any, members: Any) -> None:
+    table["files"]["kv.safetensors"]["size"] = 1 << 40
+
+
+def squeeze(table: Any, members: Any) -> dict[str, int]:
+    return {"compression": zipfile.ZIP_DEFLATED}
+
+
+@pytest.mark.parametrize("change", [escape, pickled, flip, rename, lie, squeeze])
+def test_a_hostile_pack_is_refused(
+    bundle: Path, capsys: pytest.CaptureFixture[str], change: Any, tmp_path: Path
+) -> None:
+    """One sentence, and nothing is written anywhere."""
+    file = tmp_path / "law.koffmem"
+    assert koff_prune(capsys, "memory", "pack", bundle, "law", "-o", file).code == 0
+    assert koff_prune(capsys, "memory", "remove", bundle, "law").code == 0
+    bad = rewritten(file, change)
+    before = sorted(p for p in tmp_path.rglob("*") if not p.name.startswith("."))
+    answer = koff_prune(capsys, "memory", "unpack", bad, bundle)
+    assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
+    assert sorted(p for p in tmp_path.rglob("*") if not p.name.startswith(".")) == before
+    assert not list(bundle.glob(".unpacked*"))
+
+
+def test_mistakes_are_told(place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names, data and bundles that cannot be: one sentence each."""
+    cases = [
+        ("memory", "add", bundle, "--name", "../x", "--data", place / "sea"),
+        ("memory", "add", bundle, "--name", "x", "--data", place / "nothing"),
+        ("memory", "add", place, "--name", "x", "--data", place / "sea"),
+        ("memory", "inspect", bundle, "x"),
+        ("memory", "remove", bundle, "x"),
+        ("memory", "pack", bundle, "x"),
+        ("memory", "unpack", place / "sea" / "0.txt", bundle),
+    ]
+    for case in cases:
+        answer = koff_prune(capsys, *case)
+        assert answer.code == 2 and "Traceback" not in answer.err, case
+        assert answer.err.count("\n") == 1, answer.err
