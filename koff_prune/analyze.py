@@ -20,8 +20,7 @@ from koff_prune.figures import shares_by_layer
 from koff_prune.pages import finite, render, write_text
 from koff_prune.plan import Kept, make_plan
 from koff_prune.progress import bar
-from koff_prune.reading import load_recipe
-from koff_prune.run import Run
+from koff_prune.run import Run, finished_run
 from koff_prune.specialise import activity, odds_of_removal, removed_mask, specific, strata
 from koff_prune.stages import baseline_scores, cut_arm, main_arm, plan_arm
 from koff_prune.verdict import RESAMPLES, SEED
@@ -46,16 +45,9 @@ def analyze(folder: Path, *, tokens: int = 8192, fraction: float = 0.05) -> dict
     """
     if not 0 < fraction < 1:
         raise KoffError(f"--specific: {fraction} is not a share; choose one between 0 and 1, such as 0.05")
-    for name, maker in (("run.json", "apply"), ("plan.json", "apply"), ("memories", "apply")):
-        if not (folder / name).exists():
-            raise KoffError(
-                f"{folder}: holds no finished run ({name} is missing);"
-                f" make one with `koff-prune {maker} recipe.yaml --out {folder}`"
-            )
-    recipe = load_recipe(folder / "recipe.yaml", check_files=False)
-    if len(recipe.domains) < 2:
-        raise KoffError(f"{folder}: has one domain; nothing can be specific to it or swapped with it")
-    with Run(recipe, folder, resume=True) as run:
+    with finished_run(folder) as run:
+        if len(run.domains) < 2:
+            raise KoffError(f"{folder}: has one domain; nothing can be specific to it or swapped with it")
         result = {
             "format": 1,
             "model": run.model_identity,

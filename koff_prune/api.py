@@ -14,7 +14,7 @@ from koff_prune.bundling import write_bundle
 from koff_prune.compare import compare as _compare
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
-from koff_prune.run import Run
+from koff_prune.run import Run, finished_run
 from koff_prune.stages import cut_arm, dry_plan, even_plan, learn_arm, main_arm, plan_arm
 from koff_prune.sweep import sweep as _sweep
 
@@ -125,6 +125,21 @@ def apply(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume:
         _compare(run)
         write_bundle(run)
         return run.folder
+
+
+def tasks(
+    folder: str | Path,
+    names: Sequence[str] = (),
+    *,
+    limit: int = 100,
+    memories: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Scores multiple-choice and cloze tasks on a finished run; see `tasks.run_tasks`."""
+    from koff_prune.tasks import TASKS, run_tasks
+
+    with finished_run(Path(folder)) as run:
+        around = cut_arm(run, main_arm(run), run.folder, keep_backbone=True)
+        return run_tasks(run, around, list(names) or list(TASKS), limit=limit, who=memories)
 
 
 def set_threads(threads: int | None) -> None:

@@ -171,6 +171,24 @@ def analyze(
 
 
 @app.command()
+def tasks(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.", show_default=False)],
+    task: Annotated[str | None, typer.Option("--task", help="Some of them: arc_easy,sciq.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Items a task.")] = 100,
+    memory: Annotated[str | None, typer.Option("--memory", help="Some of them: none,math.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Multiple choice and cloze through lm-eval, dense beside slim with every memory (extra `eval`)."""
+    _quiet()
+    from koff_prune import api
+
+    api.set_threads(threads)
+    chosen = memory.split(",") if memory else None
+    api.tasks(run, task.split(",") if task else [], limit=limit, memories=chosen)
+    print((run / "tasks.md").read_text(encoding="utf-8"))
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     from koff_prune.recipe import schema as make

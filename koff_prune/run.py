@@ -244,5 +244,22 @@ class Run:
             write_json(path, times)
 
 
+def finished_run(folder: Path) -> Run:
+    """Opens the run directory of a run whose memories are trained.
+
+    Raises:
+        KoffError: There is none.
+    """
+    from koff_prune.reading import load_recipe
+
+    for name in ("run.json", "plan.json", "memories"):
+        if not (folder / name).exists():
+            raise KoffError(
+                f"{folder}: holds no finished run ({name} is missing);"
+                f" make one with `koff-prune apply recipe.yaml --out {folder}`"
+            )
+    return Run(load_recipe(folder / "recipe.yaml", check_files=False), folder, resume=True)
+
+
 def _short(source: Any) -> str:
     return source if isinstance(source, str) else f"{source.package}:{Path(source.file).name}"
