@@ -23,11 +23,13 @@ from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors
 from koff_prune.compensate import Compensation, PredictionHooks
 from koff_prune.gates import GateHooks, Gates
+from koff_prune.interrupt import Interruption
 from koff_prune.loss import head_loss
 from koff_prune.memory import Memories
 from koff_prune.recipe import Learn
 
 STATE = "state.safetensors"
+GATES = ":gates/"  # before the names of their tensors; no domain is called so
 COMPLETE = "complete"  # the marker inside a whole checkpoint
 LATE = 0.1  # share of the learning rate that is left at the end
 
@@ -102,9 +104,11 @@ class Learner(nn.Module):
         if gates is not None and compensation is not None and gates.form != "hard_concrete":
             self.predictions = PredictionHooks(memories.model, compensation)
         self._closed: Any = None
+        self.step = 0
 
     def begin_step(self, step: int, target: float) -> None:
         """Draws the step's mask, and solves its prediction where the mask changed."""
+        self.step = step
         if self.gates is None:
             return
         self.gates.advance(step, target)
@@ -115,14 +119,19 @@ class Learner(nn.Module):
                 self.predictions.refresh(kept, next(self.memories.base.parameters()).dtype)
 
     def forward(self, input_ids: torch.Tensor, domain: torch.Tensor) -> torch.Tensor:
-        """Loss in nats per token of windows int64 [batch, window] of one domain."""
+        """Loss in nats per token of windows int64 [batch, window] of one domain.
+
+        Raises:
+            KoffError: It is not finite.
+        """
         memories = self.memories
+        name = memories.domains[int(domain[0])]
         hidden, head = memories.base.model, memories.base.get_output_embeddings().weight
         labels = input_ids[:, 1:].reshape(-1)
         teacher = None
         if self.loss.kl > 0:
             teacher = self._dense(hidden, input_ids)
-        memories.activate(memories.domains[int(domain[0])])
+        memories.activate(name)
         if self.gates is not None and self.hooks is not None:
             self.hooks.set(self.gates, self.gates.draw())
             if self.predictions is not None:
@@ -130,7 +139,13 @@ class Learner(nn.Module):
         with memories.autocast():
             out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state
         out = out[:, :-1].reshape(-1, out.shape[-1])
-        return head_loss(out, head, labels, teacher, ce=self.loss.ce, kl=self.loss.kl)
+        loss = head_loss(out, head, labels, teacher, ce=self.loss.ce, kl=self.loss.kl)
+        if not math.isfinite(value := float(loss.detach())):
+            raise KoffError(
+                f"learn: the loss is {value} at step {self.step + 1}, on a batch of {name}; lower learn.rates"
+                " or learn.gates.learning_rate"
+            )
+        return loss
 
     @torch.no_grad()
     def _dense(self, hidden: Any, input_ids: torch.Tensor) -> torch.Tensor:
@@ -149,7 +164,7 @@ class Learner(nn.Module):
             for part, tensors in self.memories.tensors(name).items():
                 state.update({f"{name}/{part}/{k}": v for k, v in tensors.items()})
         if self.gates is not None:
-            state.update({f"gates/{name}": tensor for name, tensor in self.gates.state().items()})
+            state.update({GATES + name: tensor for name, tensor in self.gates.state().items()})
         return state
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -162,16 +177,24 @@ class Learner(nn.Module):
                 parts.setdefault(part, {})[rest] = tensor
             self.memories.load(name, parts)
         if self.gates is not None:
-            mine = {k.removeprefix("gates/"): v for k, v in state.items() if k.startswith("gates/")}
+            mine = {k.removeprefix(GATES): v for k, v in state.items() if k.startswith(GATES)}
             self.gates.load(mine)
 
 
 class _StepCallback(TrainerCallback):
     """Starts every optimizer step's mask, and keeps the log."""
 
-    def __init__(self, learner: Learner, sparsity: float, ramp: int, step_tokens: int, report: Any) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        sparsity: float,
+        ramp: int,
+        step_tokens: int,
+        interruption: Interruption,
+        report: Any,
+    ) -> None:
         self.learner, self.sparsity, self.ramp, self.report = learner, sparsity, ramp, report
-        self.step_tokens = step_tokens
+        self.step_tokens, self.interruption = step_tokens, interruption
 
     def target(self, step: int) -> float:
         return self.sparsity * min(1.0, (step + 1) / self.ramp) if self.ramp else self.sparsity
@@ -182,15 +205,12 @@ class _StepCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.learner.gates is not None:
             self.learner.gates.observe(self.step_tokens)
+        if self.interruption.asked:
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             loss = float(logs["loss"])
-            if not math.isfinite(loss):
-                raise KoffError(
-                    f"learn: the loss is {loss} at step {state.global_step}; lower learn.rates or"
-                    " learn.gates.learning_rate"
-                )
             gates = self.learner.gates
             sparsity = float(gates.expected_sparsity().detach()) if gates is not None else None
             if self.report is not None:
@@ -325,12 +345,14 @@ def train(
 
     Raises:
         KoffError: The loss is no longer finite, or the disk is full.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and saved first.
     """
     steps = steps_of(phase.tokens, learn, len(windows))
     if steps == 0:
         return 0
     hooks = GateHooks(memories.model, gates.units) if gates is not None else None
     step_tokens = learn.window * learn.batch * len(windows)
+    interruption = Interruption()
     learner = Learner(memories, gates, compensation, learn, hooks)
     ramp = max(1, round(learn.gates.ramp * steps)) if gates is not None else 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -362,14 +384,17 @@ def train(
         args=arguments,
         train_dataset=DomainWindows(windows, steps, learn.batch, seed),
         data_collator=_stack,
-        callbacks=[_StepCallback(learner, sparsity, ramp, step_tokens, report)],
+        callbacks=[_StepCallback(learner, sparsity, ramp, step_tokens, interruption, report)],
     )
     _quiet(trainer)
     memories.activate(None)
     learner.train()
     done = whole_checkpoints(folder)
     try:
-        trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+        with interruption:
+            trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+        if interruption.asked and trainer.state.global_step < steps:
+            raise KeyboardInterrupt  # what is done is saved
     finally:
         memories.activate(None)
         learner.eval()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -236,8 +238,37 @@ def test_a_loss_that_is_not_finite_is_told(tmp_path: Path) -> None:
     memories, gates = start()
     with torch.no_grad():
         memories.kv["law"].values[0].fill_(float("inf"))
-    with pytest.raises(KoffError, match="learn: the loss is nan.*lower learn.rates"):
+    with pytest.raises(
+        KoffError, match="learn: the loss is nan at step 1, on a batch of law; lower learn.rates"
+    ):
         train(memories, WINDOWS, section(), Phase(TOKENS, 0, 1), tmp_path, gates=gates, sparsity=0.3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_finishes_the_step_and_saves_it(number: int, tmp_path: Path) -> None:
+    """Between two checkpoints the signal comes, the step's checkpoint is written, and nothing is lost."""
+    whole, whole_gates = learn(tmp_path / "whole", "re_estimated")
+    memories, gates = start("re_estimated")
+
+    def strikes(step: int, *rest: Any) -> None:
+        if step == 2:  # told while step 2 ends; the signal is seen at the end of step 3
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    options: dict[str, Any] = {"gates": gates, "sparsity": 0.3}
+    with pytest.raises(KeyboardInterrupt):
+        train(memories, WINDOWS, section(checkpoint_steps=50), Phase(TOKENS, 0.0, 0.5), tmp_path / "cut",
+              report=strikes, **options)  # fmt: skip
+    assert signal.getsignal(number) is before
+    assert [p.name for p in whole_checkpoints(tmp_path / "cut")] == ["checkpoint-3"]
+    memories, gates = start("re_estimated")
+    options["gates"] = gates
+    train(
+        memories, WINDOWS, section(checkpoint_steps=50), Phase(TOKENS, 0.0, 0.5), tmp_path / "cut", **options
+    )
+    a, b = everything(whole), everything(memories)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert torch.equal(gates.alpha, whole_gates.alpha)
 
 
 def test_windows_are_shuffled_passes_over_every_domain() -> None:

@@ -1,0 +1,38 @@
+"""Interruptions that lose nothing: what is at work finishes its step first."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+from koff_prune.progress import say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the keyboard's, and what a scheduler sends
+
+
+class Interruption:
+    """While it lasts, the first SIGINT or SIGTERM is noted; a second one interrupts at once.
+
+    Attributes:
+        asked: Whether one has come.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers there alone
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("stopping once this step is finished and saved; a second signal stops at once")
