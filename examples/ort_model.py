@@ -3,8 +3,8 @@
 python examples/ort_model.py BUNDLE [PROMPT]
 
 The bundle must have `widths: uniform`, whole attention layers and an ONNX graph. optimum-onnx needs an older
-transformers, so the script makes an environment of its own (ort-env/, once) and opens the bundle there; here it
-runs koff_export's Runtime.
+transformers, so the script makes an environment of its own (ort-env/, once) and opens the bundle there; here
+it runs koff_export's Runtime.
 """
 
 import json

@@ -22,7 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument(
-        "--memory", metavar="NAME", help="the domain's memory to attach; without it, the bare backbone"
+        "--memory",
+        metavar="NAME",
+        help="the domain's memory to attach; auto: the one that fits; without it, the bare backbone",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="answer this text and end")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the model's chat template")
@@ -74,6 +76,11 @@ def refuse_two_wheels() -> None:
     )
 
 
+def picks(runtime: Runtime, memory: str | None) -> bool:
+    """Whether `memory` means the one that fits, and is no memory's name."""
+    return memory == "auto" and memory not in runtime.memories
+
+
 def _score_windows(runtime: Runtime, path: str) -> list[list[int]]:
     """The token windows of a file to score; its messages name the line."""
     import json
@@ -108,7 +115,13 @@ def _score(runtime: Runtime, args: argparse.Namespace) -> None:
     import math
 
     windows = _score_windows(runtime, args.score)
-    nll, tokens = runtime.score(windows, args.memory)
+    if picks(runtime, args.memory):
+        from koff_export.router import route
+
+        parts = [runtime.score([window], route(runtime, window)) for window in windows]
+        nll, tokens = sum(n for n, _ in parts), sum(t for _, t in parts)
+    else:
+        nll, tokens = runtime.score(windows, args.memory)
     if not tokens:
         raise KoffError(f"{args.score} has no token to predict: give at least two tokens")
     mean = nll / tokens
@@ -132,7 +145,7 @@ class _Session:
         self.messages: list[dict[str, str]] = []
 
     def switch(self, name: str) -> None:
-        if name != "none":
+        if name != "none" and not picks(self.runtime, name):
             self.runtime.memory(name)
         self.memory = None if name == "none" else name
 
@@ -141,9 +154,15 @@ class _Session:
         if self.template is not None:
             self.messages.append({"role": "user", "content": prompt})
             prompt = self.template.render(self.messages)
+        memory = self.memory
+        if picks(self.runtime, memory):
+            from koff_export.router import route
+
+            memory = route(self.runtime, self.runtime.encode(prompt))
+            print(f"memory: {memory}", file=sys.stderr)
         pieces = self.runtime.generate(
             prompt,
-            self.memory,
+            memory,
             args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,
@@ -193,7 +212,7 @@ def _run(args: argparse.Namespace) -> None:
 
     runtime = Runtime.open(args.bundle, args.precision, verify=not args.no_verify, threads=args.threads)
     args.memory = None if args.memory == "none" else args.memory
-    if args.memory is not None:
+    if args.memory is not None and not picks(runtime, args.memory):
         runtime.memory(args.memory)
     if args.score:
         _score(runtime, args)
