@@ -120,14 +120,17 @@ def load_backbone(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
     check_safetensors(folder / WEIGHTS)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KoffError(f"{folder}/config.json: not a config that transformers reads ({error})") from error
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            if read_json(folder / "config.json").get("per_layer_config"):
+                for i, layer in enumerate(model.model.layers):
+                    model.model.layers[i] = type(layer)(config.per_layer_config[i], i)
+    except KoffError:
+        raise
+    except Exception as error:  # what a damaged config makes transformers raise has no common base
+        reason = " ".join(str(error).split())[:300]
+        raise KoffError(f"{folder}/config.json: not a config that transformers reads ({reason})") from error
     state = load_file(folder / WEIGHTS)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        if read_json(folder / "config.json").get("per_layer_config"):
-            for i, layer in enumerate(model.model.layers):
-                model.model.layers[i] = type(layer)(config.per_layer_config[i], i)
     if config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     try:

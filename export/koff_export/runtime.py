@@ -121,7 +121,10 @@ class Runtime:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise KoffError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
-        return cls(folder, manifest, session, verify)
+        try:
+            return cls(folder, manifest, session, verify)
+        except UnicodeDecodeError as error:
+            raise KoffError(f"{path} has names that are no text: fetch the bundle again") from error
 
     def _check_graph(self) -> dict[str, ort.OrtValue]:
         """Compares the session with the manifest; returns a cache of length 0."""
