@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from koff_export import __version__
 from koff_export.errors import KoffError
+from koff_export.router import AUTO, BARE, route
 
 if TYPE_CHECKING:
     from koff_export.runtime import Runtime
@@ -18,11 +19,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="koff-run",
         description="Run a koff bundle: one prompt, a chat, or one prompt per line of standard input. "
-        "A line '/memory NAME' changes the memory without a reload; '/memory none' takes it off.",
+        "A line '/memory NAME' changes the memory without a reload; '/memory none' takes it off, "
+        "'/memory auto' lets each prompt pick.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument(
-        "--memory", metavar="NAME", help="the domain's memory to attach; without it, the bare backbone"
+        "--memory",
+        metavar="NAME",
+        help="the domain's memory to attach; without it, the bare backbone; auto: each prompt picks its own",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="answer this text and end")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the model's chat template")
@@ -132,18 +136,27 @@ class _Session:
         self.messages: list[dict[str, str]] = []
 
     def switch(self, name: str) -> None:
-        if name != "none":
+        if name not in (BARE, AUTO):
             self.runtime.memory(name)
-        self.memory = None if name == "none" else name
+        self.memory = None if name == BARE else name
+
+    def _memory(self, prompt: str) -> str | None:
+        """The memory to answer with; one that the prompt picked is told."""
+        if self.memory != AUTO:
+            return self.memory
+        choice = route(self.runtime, self.runtime.encode(prompt))
+        print(f"memory: {choice.memory or BARE}", file=sys.stderr)
+        return choice.memory
 
     def answer(self, prompt: str) -> None:
         args = self.args
+        memory = self._memory(prompt)
         if self.template is not None:
             self.messages.append({"role": "user", "content": prompt})
             prompt = self.template.render(self.messages)
         pieces = self.runtime.generate(
             prompt,
-            self.memory,
+            memory,
             args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,
@@ -192,8 +205,10 @@ def _run(args: argparse.Namespace) -> None:
     from koff_export.runtime import Runtime
 
     runtime = Runtime.open(args.bundle, args.precision, verify=not args.no_verify, threads=args.threads)
-    args.memory = None if args.memory == "none" else args.memory
-    if args.memory is not None:
+    args.memory = None if args.memory == BARE else args.memory
+    if args.score and args.memory == AUTO:
+        raise KoffError("--memory auto picks by a prompt: name a memory to score with")
+    if args.memory not in (None, AUTO):
         runtime.memory(args.memory)
     if args.score:
         _score(runtime, args)

@@ -1,0 +1,55 @@
+"""Picks a memory by the prompt: the one under which the prompt itself is least surprising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from koff_export.runtime import Runtime
+
+BARE = "none"  # the backbone alone; no memory has this name
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A picked memory, and why.
+
+    Attributes:
+        memory: The memory's name; None for the bare backbone.
+        losses: Nats per token of the prompt, by memory, "none" among them; empty for a prompt too short.
+    """
+
+    memory: str | None
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def choose(names: Iterable[str], loss: Callable[[str | None], float]) -> Choice:
+    """The lowest of `loss(name)` over the bare backbone and all names; the former wins a tie."""
+    losses = {BARE: loss(None), **{name: loss(name) for name in names}}
+    best = min(losses, key=losses.__getitem__)
+    return Choice(None if best == BARE else best, losses)
+
+
+def route(runtime: Runtime, tokens: Sequence[int]) -> Choice:
+    """Reads the prompt once under every memory of the bundle, and once under none.
+
+    Args:
+        runtime: An open bundle.
+        tokens: The prompt, with `bos` if the model wants it. One token tells nothing: it gets no memory.
+
+    Raises:
+        KoffError: a damaged memory, or a prompt that does not fit.
+    """
+    if len(tokens) < 2:
+        return Choice(None)
+
+    def loss(name: str | None) -> float:
+        nats, count = runtime.score([tokens], name)
+        return nats / count
+
+    return choose(runtime.memories, loss)
