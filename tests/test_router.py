@@ -1,4 +1,4 @@
-"""A memory picked by the prompt: the one under which the prompt has the lowest loss, in torch and on a device."""
+"""A memory picked by the prompt: the one under which it has the lowest loss, in torch and on a device."""
 
 from __future__ import annotations
 

@@ -173,6 +173,9 @@ class Runtime:
     def memory(self, name: str) -> None:
         """Loads a memory now, so that its first use does not wait for the disk.
 
+        ONNX Runtime keeps its file mapped until `evict`: replace that by renaming a new one over it
+        (`koff-prune memory` does), never by writing into it.
+
         Raises:
             KoffError: no such memory, or its file is damaged or belongs to another backbone.
         """
