@@ -22,6 +22,7 @@ _WHERE = {
     "verify": "koff_prune.bundling",
     "load_bundle": "koff_prune.bundling",
     "attach_memory": "koff_prune.bundling",
+    "Router": "koff_prune.router",
     "load_backbone": "koff_prune.cut",
     "load_recipe": "koff_prune.reading",
     "Recipe": "koff_prune.recipe",
@@ -30,6 +31,7 @@ _WHERE = {
 __all__ = [
     "KoffError",
     "Recipe",
+    "Router",
     "__version__",
     "apply",
     "attach_memory",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from koff_prune.cut import load_backbone as load_backbone
     from koff_prune.reading import load_recipe as load_recipe
     from koff_prune.recipe import Recipe as Recipe
+    from koff_prune.router import Router as Router
 
 
 class _Package(ModuleType):

@@ -23,8 +23,16 @@ from transformers import AutoTokenizer
 from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
-from koff_export.files import disk_errors, read_json, staged_dir, write_json
-from koff_prune.bundling import attach_memory, lora_slots, numerics, tell_memory
+from koff_export.files import disk_errors, fsync_path, read_json, staged_dir, write_json
+from koff_export.router import AUTO, BARE
+from koff_prune.bundling import (
+    MEMORY_LEARN,
+    attach_memory,
+    compose_saved,
+    lora_slots,
+    numerics,
+    tell_memory,
+)
 from koff_prune.cut import load_backbone
 from koff_prune.domains import load_domain
 from koff_prune.evaluate import window_losses
@@ -37,6 +45,7 @@ from koff_prune.recipe import Recipe
 TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
 PACKED = "koff-memory.json"  # the table of contents inside a packed memory
 _FILES = (*MEMORY_FILES.values(), "adapter_config.json", "README.md")
+_MORE = ("heldout", "trained", "composed")  # what the manifest tells beyond sizes, where it is known
 _LARGEST = 1 << 34  # bytes; no memory is larger
 
 
@@ -56,7 +65,7 @@ def inspect_memory(bundle: Path, name: str) -> dict[str, Any]:
     manifest = open_manifest(bundle)
     told = _told(bundle, manifest, name)
     raw = read_json(bundle / "koff.json")["domains"][name]
-    return {"name": name, **vars(told), **{k: v for k, v in raw.items() if k == "heldout"},
+    return {"name": name, **vars(told), **{k: v for k, v in raw.items() if k in _MORE},
             "plan": manifest.plan, "bytes": _bytes(manifest, name),
             "files": {f: manifest.files[f] for f in _files(manifest, name)}}  # fmt: skip
 
@@ -78,7 +87,7 @@ def add_memory(
         data: Texts (a file or folder), or a YAML file with a domain (`source: …`).
         tokens: To train on.
         overrides: `dotted.key=value` of a recipe, such as learn.window=256 or memory.lora.rank=4. What they
-            leave open is as in the bundle's other memories.
+            leave open is as in the bundle's other memories, and learned as they were.
         replace: A memory of this name may be there; it is, until the new one is finished.
 
     Returns:
@@ -88,8 +97,7 @@ def add_memory(
         KoffError: The name is taken, the data are too few, or the bundle is damaged.
     """
     manifest = open_manifest(bundle)
-    if name in manifest.domains and not replace:
-        raise KoffError(f"memory '{name}': {bundle} has it already; name another, or use --replace")
+    _check_name(bundle, manifest, name, replace)
     recipe = _recipe(bundle, manifest, name, data, tokens, overrides)
     for file in manifest.files:
         if "/" not in file:
@@ -111,10 +119,51 @@ def add_memory(
         means = [sum(values) / len(values) for values in losses]
         with staged_dir(work / "memory") as aside:
             save_memory(aside, memories.tensors(name), recipe.memory, str(manifest.model.get("source", "")))
-        more = {"heldout": {"nats": means[0], "without": means[1], "tokens": blocks.heldout.numel()}}
+        more = {
+            "heldout": {"nats": means[0], "without": means[1], "tokens": blocks.heldout.numel()},
+            "trained": {"tokens": steps_of(tokens, learn, 1) * learn.window * learn.batch,
+                        "text": blocks.digest, **learn.model_dump(mode="json", include=set(MEMORY_LEARN))},
+        }  # fmt: skip
         told = _publish(bundle, manifest, name, work / "memory", more)
         shutil.rmtree(work)
     return told
+
+
+def compose_memory(
+    bundle: Path, name: str, of: list[str], weights: list[float] | None = None, *, replace: bool = False
+) -> dict[str, Any]:
+    """Writes several memories of a bundle as one more, which devices run like any other.
+
+    Args:
+        bundle: The bundle's folder.
+        name: Of the new memory.
+        of: Names of its parts.
+        weights: Of each part's LoRA; default: equal, 1 in sum.
+        replace: A memory of this name may be there.
+
+    Returns:
+        What the manifest tells of it.
+
+    Raises:
+        KoffError: The name is taken, a part is missing, or the weights do not fit.
+    """
+    manifest = open_manifest(bundle)
+    _check_name(bundle, manifest, name, replace)
+    for part in of:
+        _told(bundle, manifest, part)
+    for file in manifest.files:
+        if "/" not in file or any(file.startswith(f"memories/{part}/") for part in of):
+            check_file(bundle, manifest, file)
+    with _alone(bundle):
+        place = bundle / ".composed"
+        try:
+            tensors, memory = compose_saved(load_backbone(bundle), bundle, of, weights)
+            with staged_dir(place) as aside:
+                save_memory(aside, tensors, memory, str(manifest.model.get("source", "")))
+            more = {"composed": {"of": of, "weights": weights or [1 / len(of)] * len(of)}}
+            return _publish(bundle, manifest, name, place, more)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def remove_memory(bundle: Path, name: str) -> None:
@@ -182,10 +231,9 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
                     f"{packed}: memory '{name}' is of plan {contents['plan'][:12]}, {bundle} of"
                     f" {manifest.plan[:12]}; a memory fits the backbone that it was trained on alone"
                 )
-            if name in manifest.domains and not replace:
-                raise KoffError(f"memory '{name}': {bundle} has it already; name another, or use --replace")
+            _check_name(bundle, manifest, name, replace)
             attach_memory(load_backbone(bundle), place)  # refuses the shapes of another backbone
-            more = {k: v for k, v in contents["told"].items() if k == "heldout"}
+            more = {k: v for k, v in contents["told"].items() if k in _MORE}
             return _publish(bundle, manifest, name, place, more)
         finally:
             shutil.rmtree(place, ignore_errors=True)
@@ -221,7 +269,7 @@ def _check_contents(packed: Path, contents: Any, entries: dict[str, zipfile.ZipI
     name, files, told = (contents.get(key) for key in ("name", "files", "told"))
     if not isinstance(contents.get("plan"), str) or not isinstance(told, dict) or not isinstance(files, dict):
         raise wrong
-    _check_name(name)
+    _check_spelling(name)
     if set(files) != set(entries) or not set(files) <= set(_FILES):
         raise wrong
     for file, entry in entries.items():
@@ -232,7 +280,16 @@ def _check_contents(packed: Path, contents: Any, entries: dict[str, zipfile.ZipI
             raise wrong  # so that nothing grows while it is read
 
 
-def _check_name(name: Any) -> None:
+def _check_name(bundle: Path, manifest: Manifest, name: str, replace: bool) -> None:
+    _check_spelling(name)
+    taken = next((n for n in manifest.domains if n.casefold() == name.casefold()), None)
+    if taken not in (None, name):  # many disks do not tell case apart
+        raise KoffError(f"memory '{name}': {bundle} has '{taken}', which differs only in case; name another")
+    if taken and not replace:
+        raise KoffError(f"memory '{name}': {bundle} has it already; name another, or use --replace")
+
+
+def _check_spelling(name: Any) -> None:
     from pydantic import TypeAdapter, ValidationError
 
     from koff_prune.fields import Name
@@ -243,21 +300,31 @@ def _check_name(name: Any) -> None:
         raise KoffError(
             f"memory {name!r}: a name has up to 64 letters, digits, dots, dashes and underscores"
         ) from error
+    if name in (BARE, AUTO):
+        raise KoffError(f"memory '{name}': is a word of koff-run's own; choose another name")
 
 
 def _publish(
     bundle: Path, manifest: Manifest, name: str, source: Path, more: dict[str, Any]
 ) -> dict[str, Any]:
     """Moves a memory's files into the bundle and enters it; takes it out again where ONNX disagrees."""
-    old = manifest.domains.get(name)
-    if old is not None:
-        set_domain(bundle, name, None)
-        _delete(bundle, name, old.adapter)
-    with staged_dir(bundle / "memories" / name) as aside:
-        shutil.copytree(source, aside, dirs_exist_ok=True)
-    if manifest.graph is not None:
-        _write_adapter(bundle, name, manifest.graph.layers)
-    told = {**tell_memory(bundle / "memories" / name, name, manifest.graph is not None), **more}
+    told = {**tell_memory(source, name, manifest.graph is not None), **more}
+    adapter = None if manifest.graph is None else bundle / told["adapter"]
+    adapter_aside = source.with_name(f".{name}.onnx_adapter.tmp")
+    try:
+        if manifest.graph is not None:
+            _write_adapter(source, adapter_aside, manifest.graph.layers)
+            fsync_path(adapter_aside)
+        with staged_dir(bundle / "memories" / name) as aside:
+            shutil.copytree(source, aside, dirs_exist_ok=True)
+            # everything is written: from here on there are only renames, and an old one's entry goes first
+            if name in manifest.domains:
+                set_domain(bundle, name, None)
+        if adapter is not None:
+            adapter.parent.mkdir(exist_ok=True)
+            adapter_aside.rename(adapter)
+    finally:
+        adapter_aside.unlink(missing_ok=True)
     set_domain(bundle, name, told)
     if manifest.graph is not None:
         say("checking ONNX against torch")
@@ -272,10 +339,9 @@ def _publish(
     return told
 
 
-def _write_adapter(bundle: Path, name: str, layers: int) -> None:
+def _write_adapter(folder: Path, target: Path, layers: int) -> None:
     from koff_export.onnx import write_adapter
 
-    folder = bundle / "memories" / name
     memory, tensors = memory_of_folder(folder), load_memory(folder)
     scale = memory.lora.alpha / memory.lora.rank if memory.lora else 0.0
     slots = lora_slots(tensors["lora"]) if "lora" in tensors else {}
@@ -283,12 +349,7 @@ def _write_adapter(bundle: Path, name: str, layers: int) -> None:
     pairs = None
     if kv is not None:
         pairs = [(kv[f"layers.{i}.key"], kv[f"layers.{i}.value"]) for i in range(layers)]
-    target = bundle / "onnx" / "memories" / f"{name}.onnx_adapter"
-    aside = target.with_name(f".{target.name}")
-    with disk_errors(target):
-        target.parent.mkdir(exist_ok=True)
-        write_adapter(aside, {module: (a, b, scale) for module, (a, b) in slots.items()}, pairs)
-        aside.rename(target)
+    write_adapter(target, {module: (a, b, scale) for module, (a, b) in slots.items()}, pairs)
 
 
 def _delete(bundle: Path, name: str, adapter: str | None) -> None:
@@ -300,8 +361,7 @@ def _delete(bundle: Path, name: str, adapter: str | None) -> None:
 def _recipe(
     bundle: Path, manifest: Manifest, name: str, data: Path, tokens: int, overrides: list[str] | None
 ) -> Recipe:
-    """A recipe of one domain around the bundle: its memory as in the bundle's others, nothing to learn."""
-    _check_name(name)
+    """A recipe of one domain around the bundle: its memory as the bundle's others, no gates to learn."""
     if tokens < 1:
         raise KoffError(f"--tokens: {tokens} is not above 0; name the tokens to train on")
     if data.suffix in (".yaml", ".yml"):
@@ -318,10 +378,12 @@ def _recipe(
     if others:
         memory = memory_of_folder(bundle / "memories" / others[0]).model_dump(mode="json")
         memory = {part: value or "none" for part, value in memory.items()}
+    known = read_json(bundle / "koff.json").get("learn", {})  # not in bundles of earlier versions
+    learn = {key: known[key] for key in MEMORY_LEARN if key in known} if isinstance(known, dict) else {}
     made = {
         "version": 1, "model": {"source": str(bundle.resolve())}, "domains": {name: domain},
         **({"memory": memory} if memory else {}),
-        "learn": {"tokens": 0, "settle_tokens": tokens, "window": min(512, manifest.window)},
+        "learn": {"window": min(512, manifest.window), **learn, "tokens": 0, "settle_tokens": tokens},
         "evaluate": {"window": manifest.window},
     }  # fmt: skip
     return load_recipe(data.resolve(), overrides, text=yaml.safe_dump(made, sort_keys=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ import koff_prune
 from koff_export.bundle import check_files, open_manifest, write_manifest
 from koff_export.errors import KoffError
 from koff_export.files import read_json, staged_dir
+from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
 from koff_prune.memory import Memories, kind_of, load_memory, memory_of_folder
 from koff_prune.plan import Plan
 from koff_prune.progress import say
+from koff_prune.recipe import Memory
 from koff_prune.units import read_units
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from koff_prune.run import Run
 
 TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
+# What a bundle remembers of the recipe's `learn`, so that a memory added later is trained as its first ones.
+MEMORY_LEARN = ("window", "batch", "loss", "rates", "warmup", "gradient_checkpointing")
 
 
 def lora_slots(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -72,6 +77,7 @@ def write_bundle(run: Run) -> Path:
             "eos": [eos] if isinstance(eos, int) else list(eos or []),
             "context": config.max_position_embeddings,
             "domains": told,
+            "learn": recipe.learn.model_dump(mode="json", include=set(MEMORY_LEARN)),
             "graph": None,
             "numerics": {"asked": stamp},
         }
@@ -181,38 +187,66 @@ def attach_memory(model: PreTrainedModel, path: str | Path) -> Memories:
         KoffError: The memory was trained for another plan.
     """
     path = Path(path)
-    tensors = load_memory(path)
-    memory = memory_of_folder(path)
+    return _attach(model, path.name, load_memory(path), memory_of_folder(path))
+
+
+def _attach(
+    model: PreTrainedModel, name: str, tensors: Mapping[str, Mapping[str, torch.Tensor]], memory: Memory
+) -> Memories:
     prefill = torch.zeros(memory.kv.tokens if memory.kv else 1, dtype=torch.long)
-    memories = Memories(model, memory, {path.name: prefill}, 0)
-    memories.load(path.name, tensors)
-    memories.activate(path.name)
+    try:
+        memories = Memories(model, memory, {name: prefill}, 0)
+    except ValueError as error:  # PEFT finds no such modules
+        reason = str(error).splitlines()[0][:200]
+        raise KoffError(f"memory {name}: does not fit this backbone ({reason})") from error
+    memories.load(name, tensors)
+    memories.activate(name)
     return memories
 
 
 def load_bundle(
-    folder: str | Path, memory: str | None = None, dtype: torch.dtype | None = None
+    folder: str | Path,
+    memory: str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    weights: Sequence[float] | None = None,
 ) -> PreTrainedModel:
-    """Opens a bundle as an ordinary causal LM whose `generate` works, with one memory attached.
+    """Opens a bundle as an ordinary causal LM whose `generate` works, with one memory attached, or several.
 
     Args:
         folder: The bundle.
-        memory: A domain's name; None for the backbone alone.
+        memory: A domain's name, or several as in "python+math"; None for the backbone alone.
         dtype: Cast the backbone to this.
+        weights: Of each of several memories' LoRA; default: equal, 1 in sum. See `compose.compose`.
 
     Raises:
-        KoffError: Not a bundle, a damaged one, or no such memory.
+        KoffError: Not a bundle, a damaged one, no such memory, or weights that do not fit.
     """
     folder = Path(folder)
     manifest = open_manifest(folder)
-    model = load_backbone(folder, dtype)
     if memory is None:
-        return model
-    if memory not in manifest.domains:
-        raise KoffError(f"memory '{memory}': not in {folder}; it has {', '.join(manifest.domains) or 'none'}")
-    attached = attach_memory(model, folder / "memories" / memory)
+        return load_backbone(folder, dtype)
+    names = [memory] if memory in manifest.domains else memory.split("+")
+    for name in names:
+        if name not in manifest.domains:
+            raise KoffError(
+                f"memory '{name}': not in {folder}; it has {', '.join(manifest.domains) or 'none'}"
+            )
+    model = load_backbone(folder, dtype)
+    if len(names) == 1 and weights is None:
+        attached = attach_memory(model, folder / "memories" / names[0])
+    else:
+        attached = _attach(model, memory, *compose_saved(model, folder, names, weights))
     attached.base.__dict__["koff_memories"] = attached  # keeps the KV alive with the model
     return attached.base
+
+
+def compose_saved(
+    model: PreTrainedModel, folder: Path, names: Sequence[str], weights: Sequence[float] | None
+) -> tuple[dict[str, dict[str, torch.Tensor]], Memory]:
+    """`compose` of a bundle's own memories."""
+    places = [folder / "memories" / name for name in names]
+    return compose(model, [(load_memory(place), memory_of_folder(place)) for place in places], weights)
 
 
 def verify(folder: str | Path) -> dict[str, Any]:

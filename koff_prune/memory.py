@@ -314,13 +314,22 @@ def load_memory(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def memory_of_folder(folder: Path) -> Memory:
-    """The recipe section that describes a saved memory."""
+    """The recipe section that describes a saved memory.
+
+    Raises:
+        KoffError: Damaged files.
+    """
     from koff_prune.recipe import Kv, Lora
 
     lora = kv = None
-    if (folder / "adapter_config.json").exists():
-        config = read_json(folder / "adapter_config.json")
-        lora = Lora(rank=config["r"], alpha=config["lora_alpha"], target=sorted(config["target_modules"]))
+    file = folder / "adapter_config.json"
+    if file.exists():
+        config = read_json(file)
+        try:
+            targets = sorted(config["target_modules"])
+            lora = Lora(rank=config["r"], alpha=config["lora_alpha"], target=targets)
+        except (KeyError, TypeError, ValueError) as error:
+            raise KoffError(f"{file}: is no LoRA that koff-prune wrote; fetch the memory again") from error
     if (folder / MEMORY_FILES["kv"]).exists():
         check_safetensors(folder / MEMORY_FILES["kv"])
         tensors = load_file(folder / MEMORY_FILES["kv"])

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    no_args_is_help=True, help="Memories of a finished bundle: add, list, inspect, remove, pack, unpack."
+    no_args_is_help=True,
+    help="Memories of a finished bundle: add, list, inspect, compose, remove, pack, unpack.",
 )
 Bundle = Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]
 Name = Annotated[str, typer.Argument(help="The memory's name.", show_default=False)]
@@ -67,6 +68,28 @@ def inspect(bundle: Bundle, name: Name) -> None:
     from koff_prune.bundle_memories import inspect_memory
 
     print(json.dumps(inspect_memory(bundle, name), indent=2))
+
+
+@app.command()
+def compose(
+    bundle: Bundle,
+    name: Annotated[str, typer.Option("--name", help="Of the new memory.")],
+    of: Annotated[str, typer.Option("--of", help="Its parts, as in python+math.")],
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Of each part's LoRA: 0.7,0.3 [default: equal].")
+    ] = None,
+    replace: Replace = False,
+) -> None:
+    """Write several memories as one more: LoRA added with weights, caches side by side. Trains nothing."""
+    from koff_export.errors import KoffError
+    from koff_prune.bundle_memories import compose_memory
+
+    try:
+        numbers = [float(part) for part in weights.split(",")] if weights else None
+    except ValueError as error:
+        raise KoffError(f"--weights: {weights!r} is not a list of numbers; write them as 0.7,0.3") from error
+    told = compose_memory(bundle, name, of.split("+"), numbers, replace=replace)
+    print(f"{name}: rank {told['lora_rank']}, {told['kv_tokens']} KV tokens")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -119,6 +120,48 @@ def test_an_interrupted_addition_goes_on(
         assert sha256_file(bundle / "memories/sea" / file) == sha256_file(twin / "memories/sea" / file)
 
 
+def test_a_memory_learns_as_the_bundles_first_ones_did(
+    place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rates, window and batch are the run's own where nothing else is said, as are rank and KV tokens."""
+    short = (part for key in KEYS[5:] for part in ("--set", key))
+    sea = ("memory", "add", bundle, "--name", "sea", "--data", place / "sea", "--tokens", "64", *short)
+    assert koff_prune(capsys, *sea, "--set", "learn.rates.kv=0.5").code == 0
+    told = json.loads(koff_prune(capsys, "memory", "inspect", bundle, "sea").out)["trained"]
+    assert (told["tokens"], told["window"], told["batch"]) == (64, 16, 2)
+    assert told["rates"] == {"lora": 0.0005, "kv": 0.5}
+    data = json.loads((bundle / "koff.json").read_text())
+    data["learn"]["rates"]["lora"] = 0.25  # as a run with this rate would have left it
+    (bundle / "koff.json").write_text(json.dumps(data))
+    assert koff_prune(capsys, *sea, "--replace").code == 0
+    told = json.loads(koff_prune(capsys, "memory", "inspect", bundle, "sea").out)["trained"]
+    assert told["rates"] == {"lora": 0.25, "kv": 0.005}
+
+
+def test_a_replacement_that_fails_leaves_the_old_one(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full while the new files are written costs nothing."""
+    import koff_export.onnx
+    import koff_prune.bundle_memories as target
+
+    before = {p: sha256_file(p) for p in bundle.rglob("*") if p.is_file() and not p.name.startswith(".")}
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for owner, name in ((koff_export.onnx, "write_adapter"), (target.shutil, "copytree")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            answer = koff_prune(
+                capsys, "memory", "compose", bundle, "--name", "law", "--of", "law+code", "--replace"
+            )
+        assert answer.code == 2 and "Traceback" not in answer.err
+        found = {p: sha256_file(p) for p in bundle.rglob("*") if p.is_file() and not p.name.startswith(".")}
+        assert found == before
+        assert not [p for p in bundle.rglob(".*") if p.name != ".lock"]
+
+
 def test_a_memory_travels_alone(place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Packed, taken out, unpacked: the same bytes. A bundle of another plan refuses it."""
     file, law = bundle.with_name("law.koffmem"), bundle / "memories/law/kv.safetensors"
@@ -178,11 +221,26 @@ def lie(table: Any, members: Any) -> None:
     table["files"]["kv.safetensors"]["size"] = 1 << 40
 
 
+def odd_rank(table: Any, members: Any) -> None:
+    retold(table, members, r="eight")
+
+
+def odd_target(table: Any, members: Any) -> None:
+    retold(table, members, target_modules=["no_such_module"])
+
+
+def retold(table: Any, members: Any, **changes: Any) -> None:
+    """Changes the LoRA's config as somebody who knows the format would, checksum and all."""
+    config = {**json.loads(members["adapter_config.json"]), **changes}
+    data = members["adapter_config.json"] = json.dumps(config).encode()
+    table["files"]["adapter_config.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def squeeze(table: Any, members: Any) -> dict[str, int]:
     return {"compression": zipfile.ZIP_DEFLATED}
 
 
-@pytest.mark.parametrize("change", [escape, pickled, flip, rename, lie, squeeze])
+@pytest.mark.parametrize("change", [escape, pickled, flip, rename, lie, squeeze, odd_rank, odd_target])
 def test_a_hostile_pack_is_refused(
     bundle: Path, capsys: pytest.CaptureFixture[str], change: Any, tmp_path: Path
 ) -> None:
@@ -202,6 +260,8 @@ def test_mistakes_are_told(place: Path, bundle: Path, capsys: pytest.CaptureFixt
     """Names, data and bundles that cannot be: one sentence each."""
     cases = [
         ("memory", "add", bundle, "--name", "../x", "--data", place / "sea"),
+        ("memory", "add", bundle, "--name", "none", "--data", place / "sea"),
+        ("memory", "add", bundle, "--name", "LAW", "--data", place / "sea"),
         ("memory", "add", bundle, "--name", "x", "--data", place / "nothing"),
         ("memory", "add", place, "--name", "x", "--data", place / "sea"),
         ("memory", "inspect", bundle, "x"),

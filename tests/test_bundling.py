@@ -289,30 +289,3 @@ def test_the_examples_run(place: Path, script: str, arguments: tuple[str, ...], 
     )
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
-
-
-def test_auto_picks_the_memory_that_fits(
-    place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On held-out text of each domain the pick scores as the right memory does; a prompt is told its pick."""
-    from koff_export.router import TOKENS, losses, route
-
-    runtime = Runtime.open(bundle)
-    for domain in ("law", "code"):
-        file = place / "run" / "domains" / f"{domain}.heldout.jsonl"
-        windows = [json.loads(line)["tokens"] for line in file.read_text().splitlines()]
-        ranked = losses(runtime, windows[0])
-        assert list(ranked) == sorted(ranked, key=ranked.__getitem__) and set(ranked) == {"law", "code"}
-        total, count = runtime.score([windows[0][:TOKENS]], domain)
-        assert ranked[domain] == pytest.approx(total / count)
-        assert [route(runtime, w) for w in windows].count(domain) > len(windows) / 2
-        capsys.readouterr()
-        scores = {}
-        for memory in ("auto", domain, {"law": "code", "code": "law"}[domain]):
-            assert koff_run([str(bundle), "--memory", memory, "--score", str(file), "--json"]) == 0
-            scores[memory] = json.loads(capsys.readouterr().out)["nll"]
-        assert scores["auto"] <= min(v for k, v in scores.items() if k != "auto") * 1.02
-    code = [str(bundle), "--memory", "auto", "--prompt", "def f x return if else", "--max-new-tokens", "2"]
-    assert koff_run(code) == 0
-    assert "memory: code" in capsys.readouterr().err
-    assert koff_run([str(bundle), "--memory", "auto", "--prompt", ""]) == 2

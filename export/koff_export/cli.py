@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from koff_export import __version__
 from koff_export.errors import KoffError
+from koff_export.router import AUTO, BARE, route
 
 if TYPE_CHECKING:
     from koff_export.runtime import Runtime
@@ -18,13 +19,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="koff-run",
         description="Run a koff bundle: one prompt, a chat, or one prompt per line of standard input. "
-        "A line '/memory NAME' changes the memory without a reload; '/memory none' takes it off.",
+        "A line '/memory NAME' changes the memory without a reload; '/memory none' takes it off, "
+        "'/memory auto' lets each prompt pick.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument(
         "--memory",
         metavar="NAME",
-        help="the domain's memory to attach; auto: the one that fits; without it, the bare backbone",
+        help="the domain's memory to attach; without it, the bare backbone; auto: each prompt picks its own",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="answer this text and end")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the model's chat template")
@@ -76,11 +78,6 @@ def refuse_two_wheels() -> None:
     )
 
 
-def picks(runtime: Runtime, memory: str | None) -> bool:
-    """Whether `memory` means the one that fits, and is no memory's name."""
-    return memory == "auto" and memory not in runtime.memories
-
-
 def _score_windows(runtime: Runtime, path: str) -> list[list[int]]:
     """The token windows of a file to score; its messages name the line."""
     import json
@@ -115,13 +112,7 @@ def _score(runtime: Runtime, args: argparse.Namespace) -> None:
     import math
 
     windows = _score_windows(runtime, args.score)
-    if picks(runtime, args.memory):
-        from koff_export.router import route
-
-        parts = [runtime.score([window], route(runtime, window)) for window in windows]
-        nll, tokens = sum(n for n, _ in parts), sum(t for _, t in parts)
-    else:
-        nll, tokens = runtime.score(windows, args.memory)
+    nll, tokens = runtime.score(windows, args.memory)
     if not tokens:
         raise KoffError(f"{args.score} has no token to predict: give at least two tokens")
     mean = nll / tokens
@@ -145,21 +136,24 @@ class _Session:
         self.messages: list[dict[str, str]] = []
 
     def switch(self, name: str) -> None:
-        if name != "none" and not picks(self.runtime, name):
+        if name not in (BARE, AUTO):
             self.runtime.memory(name)
-        self.memory = None if name == "none" else name
+        self.memory = None if name == BARE else name
+
+    def _memory(self, prompt: str) -> str | None:
+        """The memory to answer with; one that the prompt picked is told."""
+        if self.memory != AUTO:
+            return self.memory
+        choice = route(self.runtime, self.runtime.encode(prompt))
+        print(f"memory: {choice.memory or BARE}", file=sys.stderr)
+        return choice.memory
 
     def answer(self, prompt: str) -> None:
         args = self.args
+        memory = self._memory(prompt)
         if self.template is not None:
             self.messages.append({"role": "user", "content": prompt})
             prompt = self.template.render(self.messages)
-        memory = self.memory
-        if picks(self.runtime, memory):
-            from koff_export.router import route
-
-            memory = route(self.runtime, self.runtime.encode(prompt))
-            print(f"memory: {memory}", file=sys.stderr)
         pieces = self.runtime.generate(
             prompt,
             memory,
@@ -211,8 +205,10 @@ def _run(args: argparse.Namespace) -> None:
     from koff_export.runtime import Runtime
 
     runtime = Runtime.open(args.bundle, args.precision, verify=not args.no_verify, threads=args.threads)
-    args.memory = None if args.memory == "none" else args.memory
-    if args.memory is not None and not picks(runtime, args.memory):
+    args.memory = None if args.memory == BARE else args.memory
+    if args.score and args.memory == AUTO:
+        raise KoffError("--memory auto picks by a prompt: name a memory to score with")
+    if args.memory not in (None, AUTO):
         runtime.memory(args.memory)
     if args.score:
         _score(runtime, args)

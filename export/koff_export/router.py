@@ -1,35 +1,55 @@
-"""Picks a memory for a text by itself: the one under which the text's beginning is likeliest."""
+"""Picks a memory by the prompt: the one under which the prompt itself is least surprising."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from koff_export.errors import KoffError
-
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from koff_export.runtime import Runtime
 
-TOKENS = 64  # of the text's beginning; more cost more and hardly decide otherwise
+BARE = "none"  # the backbone alone; no memory has this name
+AUTO = "auto"
 
 
-def losses(runtime: Runtime, tokens: Sequence[int]) -> dict[str, float]:
-    """Nats per predicted token of the beginning of `tokens` under every memory, the lowest first.
+@dataclass(frozen=True)
+class Choice:
+    """A picked memory, and why.
+
+    Attributes:
+        memory: The memory's name; None for the bare backbone.
+        losses: Nats per token of the prompt, by memory, "none" among them; empty for a prompt too short.
+    """
+
+    memory: str | None
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def choose(names: Iterable[str], loss: Callable[[str | None], float]) -> Choice:
+    """The lowest of `loss(name)` over the bare backbone and all names; the former wins a tie."""
+    losses = {BARE: loss(None), **{name: loss(name) for name in names}}
+    best = min(losses, key=losses.__getitem__)
+    return Choice(None if best == BARE else best, losses)
+
+
+def route(runtime: Runtime, tokens: Sequence[int]) -> Choice:
+    """Reads the prompt once under every memory of the bundle, and once under none.
+
+    Args:
+        runtime: An open bundle.
+        tokens: The prompt, with `bos` if the model wants it. One token tells nothing: it gets no memory.
 
     Raises:
-        KoffError: the bundle has no memory, or there are fewer than two tokens.
+        KoffError: a damaged memory, or a prompt that does not fit.
     """
-    if not runtime.memories:
-        raise KoffError("the bundle has no memory to pick: leave out --memory auto")
     if len(tokens) < 2:
-        raise KoffError("one token decides nothing: give a longer text, or name a memory")
-    found = {}
-    for name in runtime.memories:
-        total, count = runtime.score([tokens[:TOKENS]], name)
-        found[name] = total / count
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+        return Choice(None)
 
+    def loss(name: str | None) -> float:
+        nats, count = runtime.score([tokens], name)
+        return nats / count
 
-def route(runtime: Runtime, tokens: Sequence[int]) -> str:
-    """The name of the memory under which the beginning of `tokens` is likeliest."""
-    return next(iter(losses(runtime, tokens)))
+    return choose(runtime.memories, loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,11 +176,15 @@ class Runtime:
     def memory(self, name: str) -> None:
         """Loads a memory now, so that its first use does not wait for the disk.
 
+        ONNX Runtime keeps its file mapped until `evict`: replace that by renaming a new one over it
+        (`koff-prune memory` does), never by writing into it.
+
         Raises:
             KoffError: no such memory, or its file is damaged or belongs to another backbone.
         """
         if name in self._adapters:
             return
+        self._reread()
         known = self.memories
         if name not in known:
             raise KoffError(f"the bundle has no memory {name!r}; it has: {', '.join(known) or 'none'}")
@@ -193,6 +198,15 @@ class Runtime:
             raise KoffError(f"the memory {name!r} is not as koff.json says: fetch it again")
         self._kv_tokens[name] = kv_tokens
         self._adapters[name] = adapter
+
+    def _reread(self) -> None:
+        """Takes over the memories that the manifest names now: they come and go around one backbone."""
+        found = open_manifest(self.folder)
+        mine = {p: e for p, e in self.manifest.files.items() if p.startswith("onnx/")}
+        fixed = [p for p in mine if not p.startswith(f"{_ADAPTERS}/")]
+        if found.plan != self.manifest.plan or any(found.files.get(p) != mine[p] for p in fixed):
+            raise KoffError(f"{self.folder} holds another backbone by now: open it again")
+        self.manifest = replace(self.manifest, domains=found.domains, files=found.files)
 
     def evict(self, name: str) -> None:
         """Forgets a loaded memory; it is read again when it is next used."""

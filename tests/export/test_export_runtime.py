@@ -12,6 +12,7 @@ import pytest
 import torch
 from export_helpers import BOS, WINDOW, Exported, torch_logits
 
+from koff_export.bundle import write_manifest
 from koff_export.errors import KoffError
 from koff_export.runtime import Runtime
 
@@ -159,3 +160,50 @@ def test_quantised_graphs_keep_their_slots(
         kl = float((a.exp() * (a - b)).sum(-1).mean())
         assert 0 < kl < limit, (memory, kl)
     assert np.abs(graph_logits(low, ids, mask, "law") - graph_logits(low, ids, mask, None)).max() > 0.5
+
+
+def stamped(folder: Path, **changes: object) -> None:
+    """Writes the manifest again with all checksums, as `koff-prune memory` leaves it."""
+    old = json.loads((folder / "koff.json").read_text())
+    write_manifest(folder, {**{k: v for k, v in old.items() if k not in ("format", "files")}, **changes})
+
+
+def test_a_running_bundle_sees_what_was_added_replaced_and_removed(copy: Path, exported: Exported) -> None:
+    running = Runtime.open(copy, threads=1)
+    before = running.logits([BOS, 5, 6], "music")
+    domains = json.loads((copy / "koff.json").read_text())["domains"]
+    sea = "onnx/memories/sea.onnx_adapter"
+    shutil.copy(copy / "onnx/memories/law.onnx_adapter", copy / sea)
+    # ONNX Runtime maps the file that it has loaded, so a new one must be renamed over it, as koff-prune does
+    shutil.copy(copy / "onnx/memories/law.onnx_adapter", copy / "onnx/memories/.new")
+    (copy / "onnx/memories/.new").rename(copy / "onnx/memories/music.onnx_adapter")
+    (copy / "onnx/memories/math.onnx_adapter").unlink()
+    told = {"sea": {**domains["law"], "adapter": sea}, "music": {**domains["music"], "kv_tokens": 7}}
+    stamped(copy, domains={"law": domains["law"], **told})
+    law = running.logits([BOS, 5, 6], "law")
+    assert np.array_equal(running.logits([BOS, 5, 6], "sea"), law)
+    assert np.array_equal(running.logits([BOS, 5, 6], "music"), before), "what is loaded stays"
+    running.evict("music")
+    assert np.array_equal(running.logits([BOS, 5, 6], "music"), law)
+    with pytest.raises(KoffError, match="no memory 'math'; it has: law, sea, music"):
+        running.memory("math")
+    damaged = bytearray((copy / sea).read_bytes())
+    damaged[-1] ^= 1
+    (copy / sea).write_bytes(bytes(damaged))
+    running.evict("sea")
+    with pytest.raises(KoffError, match="another sha256"):
+        running.memory("sea")
+
+
+def test_another_backbone_under_a_running_bundle_is_told(copy: Path) -> None:
+    running = Runtime.open(copy, threads=1)
+    stamped(copy, plan="1")
+    with pytest.raises(KoffError, match="another backbone by now: open it again"):
+        running.memory("law")
+    stamped(copy, plan="0")
+    running.memory("law")
+    weights = copy / "onnx" / "model.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    stamped(copy)
+    with pytest.raises(KoffError, match="another backbone by now"):
+        running.memory("math")

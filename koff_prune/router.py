@@ -1,0 +1,62 @@
+"""Picks a memory by the prompt, in torch; `koff_export.router` is the same without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from koff_export.bundle import open_manifest
+from koff_export.router import Choice, choose
+from koff_prune.bundling import attach_memory
+from koff_prune.cut import load_backbone
+from koff_prune.evaluate import window_losses
+from koff_prune.memory import Memories
+from koff_prune.recipe import Memory
+
+
+class Router:
+    """A bundle opened to pick memories from; the backbone is loaded once.
+
+    Args:
+        bundle: The bundle's folder.
+        dtype: Cast the backbone to this.
+
+    Raises:
+        KoffError: Not a bundle, or a damaged one.
+    """
+
+    def __init__(self, bundle: str | Path, dtype: torch.dtype | None = None) -> None:
+        self.folder = Path(bundle)
+        self.manifest = open_manifest(self.folder)
+        self.model = load_backbone(self.folder, dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            self.folder, local_files_only=True, trust_remote_code=False
+        )
+
+    def choose(self, prompt: str) -> Choice:
+        """The memory under which the prompt has the lowest loss; None where the bare backbone is best."""
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        bos = self.manifest.bos
+        if bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        return self.choose_tokens(ids)
+
+    def choose_tokens(self, tokens: list[int]) -> Choice:
+        """As `choose`, of token ids; a single one gets no memory."""
+        if len(tokens) < 2:
+            return Choice(None)
+        window = torch.tensor([tokens])
+
+        def loss(name: str | None) -> float:
+            if name is None:
+                attached = Memories(self.model, Memory(lora=None, kv=None), {}, 0)
+            else:
+                attached = attach_memory(self.model, self.folder / "memories" / name)
+            try:
+                return window_losses(attached, window, name)[0]
+            finally:
+                self.model = attached.unwrap()
+
+        return choose(self.manifest.domains, loss)
