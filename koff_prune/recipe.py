@@ -251,7 +251,7 @@ class Gates(Section):
     )
     learning_rate: Float = Field(default=0.05, ge=0, description="Of Adam; 0 keeps the start, in every form.")
     prior_tokens: Int = Field(
-        default=100_000,
+        default=1_000_000,
         gt=0,
         description="Re-estimated: tokens of gradients that weigh as much as the start.",
     )
