@@ -1,4 +1,4 @@
-"""Turns a run's report.json into a committed result: the JSON itself and a page in Markdown.
+"""Turns a run's report.json, or a sweep's sweep.json, into a committed result: the JSON and a page.
 
 python benchmarks/results_page.py RUN docs/results/NAME "koff-prune compare RECIPE"
 """
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from koff_prune.sweep_report import markdown
 from koff_prune.verdict import row_labels
 
 
@@ -45,12 +46,17 @@ def page(report: dict[str, Any], command: str) -> str:
 
 
 def main() -> None:
-    """Reads RUN/report.json, writes NAME.json and NAME.md."""
+    """Reads RUN/sweep.json or RUN/report.json, writes NAME.json and NAME.md."""
     run, target, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    if (run / "sweep.json").exists():
+        report = json.loads((run / "sweep.json").read_text(encoding="utf-8"))
+        text = f"# Sweep\n\n`{command}`. Generated from the JSON beside it.\n\n" + markdown(report)
+    else:
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        text = page(report, command)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    target.with_suffix(".md").write_text(page(report, command), encoding="utf-8")
+    target.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
