@@ -6,7 +6,6 @@ come before the manifest's entry and go after it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,6 @@ from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, fsync_path, read_json, staged_dir, write_json
-from koff_export.router import AUTO, BARE
 from koff_prune.bundling import (
     MEMORY_LEARN,
     attach_memory,
@@ -37,16 +35,14 @@ from koff_prune.cut import load_backbone
 from koff_prune.domains import load_domain
 from koff_prune.evaluate import window_losses
 from koff_prune.learn import Phase, steps_of, train
-from koff_prune.memory import MEMORY_FILES, Memories, load_memory, memory_of_folder, save_memory
+from koff_prune.memory import Memories, load_memory, memory_of_folder, save_memory
+from koff_prune.packing import PACKED, check_spelling, extract
 from koff_prune.progress import bar, say
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 
 TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
-PACKED = "koff-memory.json"  # the table of contents inside a packed memory
-_FILES = (*MEMORY_FILES.values(), "adapter_config.json", "README.md")
 _MORE = ("heldout", "trained", "composed")  # what the manifest tells beyond sizes, where it is known
-_LARGEST = 1 << 34  # bytes; no memory is larger
 
 
 def list_memories(bundle: Path) -> list[dict[str, Any]]:
@@ -224,7 +220,7 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
         shutil.rmtree(place, ignore_errors=True)
         try:
             with staged_dir(place) as aside:
-                contents = _extract(packed, aside)
+                contents = extract(packed, aside)
             name = contents["name"]
             if contents["plan"] != manifest.plan:
                 raise KoffError(
@@ -239,69 +235,13 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _extract(packed: Path, into: Path) -> dict[str, Any]:
-    """Checks everything that a packed memory says before a byte of it is believed."""
-    try:
-        with zipfile.ZipFile(packed) as archive:
-            entries = {e.filename: e for e in archive.infolist()}
-            table = entries.pop(PACKED, None)
-            if table is None or table.file_size > 1 << 20 or len(entries) != len(archive.infolist()) - 1:
-                raise KoffError(f"{packed}: is no packed memory; make one with `koff-prune memory pack`")
-            contents = json.loads(archive.read(table))
-            _check_contents(packed, contents, entries)
-            for file, entry in entries.items():
-                seen = hashlib.sha256()
-                with archive.open(entry) as source, open(into / file, "xb") as target:
-                    while piece := source.read(1 << 20):
-                        seen.update(piece)
-                        target.write(piece)
-                if seen.hexdigest() != contents["files"][file]["sha256"]:
-                    raise KoffError(f"{packed}: {file} has another sha256 than it says; fetch it again")
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError) as error:
-        raise KoffError(f"{packed}: cannot be read as a packed memory ({error})") from error
-    return dict(contents)
-
-
-def _check_contents(packed: Path, contents: Any, entries: dict[str, zipfile.ZipInfo]) -> None:
-    wrong = KoffError(f"{packed}: its table of contents is damaged or hostile; fetch it again")
-    if not isinstance(contents, dict) or contents.get("format") != 1:
-        raise wrong
-    name, files, told = (contents.get(key) for key in ("name", "files", "told"))
-    if not isinstance(contents.get("plan"), str) or not isinstance(told, dict) or not isinstance(files, dict):
-        raise wrong
-    _check_spelling(name)
-    if set(files) != set(entries) or not set(files) <= set(_FILES):
-        raise wrong
-    for file, entry in entries.items():
-        said = files[file]
-        if not isinstance(said, dict) or said.get("size") != entry.file_size or entry.file_size > _LARGEST:
-            raise wrong
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise wrong  # so that nothing grows while it is read
-
-
 def _check_name(bundle: Path, manifest: Manifest, name: str, replace: bool) -> None:
-    _check_spelling(name)
+    check_spelling(name)
     taken = next((n for n in manifest.domains if n.casefold() == name.casefold()), None)
     if taken not in (None, name):  # many disks do not tell case apart
         raise KoffError(f"memory '{name}': {bundle} has '{taken}', which differs only in case; name another")
     if taken and not replace:
         raise KoffError(f"memory '{name}': {bundle} has it already; name another, or use --replace")
-
-
-def _check_spelling(name: Any) -> None:
-    from pydantic import TypeAdapter, ValidationError
-
-    from koff_prune.fields import Name
-
-    try:
-        TypeAdapter(Name).validate_python(name, strict=True)
-    except ValidationError as error:
-        raise KoffError(
-            f"memory {name!r}: a name has up to 64 letters, digits, dots, dashes and underscores"
-        ) from error
-    if name in (BARE, AUTO):
-        raise KoffError(f"memory '{name}': is a word of koff-run's own; choose another name")
 
 
 def _publish(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from koff_export.errors import KoffError
@@ -27,6 +27,7 @@ from koff_prune.interrupt import Interruption
 from koff_prune.loss import head_loss
 from koff_prune.memory import Memories
 from koff_prune.recipe import Learn
+from koff_prune.windows import DomainWindows
 
 STATE = "state.safetensors"
 GATES = ":gates/"  # before the names of their tensors; no domain is called so
@@ -46,35 +47,6 @@ class Phase:
     tokens: int
     begin: float
     end: float
-
-
-class DomainWindows(Dataset):
-    """Micro-batches in the order of training: item n is a window of domain n % domains.
-
-    Every domain's windows are shuffled anew for every pass, from the seed alone, so that a resumed run sees
-    the same.
-    """
-
-    def __init__(self, windows: Mapping[str, torch.Tensor], steps: int, batch: int, seed: int) -> None:
-        self.windows, self.batch, self.seed = dict(windows), batch, seed
-        self.names = list(windows)
-        self.length = steps * batch * len(self.names)
-        self._orders: dict[tuple[str, int], torch.Tensor] = {}
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        # a micro-batch is `batch` neighbours, all of one domain
-        micro, row = divmod(index, self.batch)
-        step, domain = divmod(micro, len(self.names))
-        name = self.names[domain]
-        passed, at = divmod(step * self.batch + row, len(self.windows[name]))
-        if (name, passed) not in self._orders:
-            generator = torch.Generator().manual_seed(self.seed * 9176 + passed * 131 + domain)
-            self._orders[(name, passed)] = torch.randperm(len(self.windows[name]), generator=generator)
-        window = self.windows[name][self._orders[(name, passed)][at]]
-        return {"input_ids": window, "domain": torch.tensor(domain)}
 
 
 class Learner(nn.Module):

@@ -20,8 +20,8 @@ from koff_export.bundle import check_files, open_manifest
 from koff_export.files import sha256_file
 from koff_export.runtime import Runtime
 from koff_prune import load_bundle
-from koff_prune.bundle_memories import PACKED
 from koff_prune.learn import LearnTrainer
+from koff_prune.packing import PACKED
 
 KEYS = ("learn.window=16", "learn.batch=2", "learn.checkpoint_steps=4", "learn.rates.lora=0.05",
         "learn.rates.kv=0.2", "evaluate.tokens=64", "scoring.tokens=64", "scoring.window=16")  # fmt: skip

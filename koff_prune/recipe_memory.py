@@ -1,0 +1,69 @@
+"""The recipe's `memory`: which parts every domain's memory has, and how large they are."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, GetJsonSchemaHandler, field_validator
+from pydantic_core import CoreSchema
+
+from koff_prune.fields import Float, Int, Section, Texts
+
+MemoryKind = Literal["none", "lora", "kv", "lora+kv"]
+
+
+class Lora(Section):
+    """A low-rank adapter on linear layers."""
+
+    rank: Int = Field(default=8, ge=1, le=512)
+    alpha: Float = Field(default=16, gt=0)
+    target: Texts = Field(
+        default="all-linear", description="all-linear, or names of modules such as [q_proj, down_proj]."
+    )
+
+    @field_validator("target")
+    @classmethod
+    def _one_word(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str) and value != "all-linear":
+            raise ValueError("must be all-linear or a list of module names")
+        return value
+
+
+class Kv(Section):
+    """A learned key and value per layer."""
+
+    tokens: Int = Field(default=32, ge=2, le=8192, description="Positions of the learned cache.")
+    init: Literal["prefill"] = Field(
+        default="prefill", description="From a real prefill of the domain's text."
+    )
+
+
+class Memory(Section):
+    """What each domain carries."""
+
+    lora: Lora | None = Field(default=Lora(), description="Low-rank adapter, or none.")
+    kv: Kv | None = Field(default=Kv(), description="Learned cache, or none.")
+
+    @field_validator("lora", "kv", mode="before")
+    @classmethod
+    def _none_in_words(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @property
+    def kind(self) -> MemoryKind:
+        """Its parts in one word."""
+        if self.lora is None:
+            return "none" if self.kv is None else "kv"
+        return "lora" if self.kv is None else "lora+kv"
+
+    def only(self, kind: MemoryKind) -> Memory:
+        """The same memory restricted to the named parts."""
+        parts = kind.split("+")
+        return Memory(lora=self.lora if "lora" in parts else None, kv=self.kv if "kv" in parts else None)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core))
+        for part in ("lora", "kv"):
+            schema["properties"][part]["anyOf"].append({"const": "none"})
+        return schema
