@@ -14,8 +14,7 @@ as PEFT wrapped it, so that LoRA sees the gated input too. Three forms behind on
   expected sparsity held at its target by an augmented Lagrangian (CoFi, Xia et al. 2022; Sheared-LLaMA, Xia
   et al. 2023).
 * straight-through top-k: the hard mask of the lowest-ranked units at the step's target; gradients pass
-through
-  sigmoid(alpha) (Bengio et al. 2013).
+  through sigmoid(alpha) (Bengio et al. 2013).
 """
 
 from __future__ import annotations
