@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from koff_export.errors import KoffError
-from koff_export.files import write_json
+from koff_export.files import write_json, write_text
 from koff_prune.evaluate import window_losses
 from koff_prune.figures import shares_by_layer
-from koff_prune.pages import finite, render, write_text
+from koff_prune.pages import finite, render
 from koff_prune.plan import Kept, make_plan
 from koff_prune.progress import bar
 from koff_prune.run import Run, finished_run

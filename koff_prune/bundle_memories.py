@@ -10,13 +10,10 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from transformers import AutoTokenizer
 
 from koff_export.bundle import Domain as Told
@@ -35,6 +32,7 @@ from koff_prune.cut import load_backbone
 from koff_prune.domains import load_domain
 from koff_prune.evaluate import window_losses
 from koff_prune.learn import Phase, steps_of, train
+from koff_prune.lock import alone
 from koff_prune.memory import Memories, load_memory, memory_of_folder, save_memory
 from koff_prune.packing import PACKED, check_spelling, extract
 from koff_prune.progress import bar, say
@@ -98,7 +96,7 @@ def add_memory(
     for file in manifest.files:
         if "/" not in file:
             check_file(bundle, manifest, file)
-    with _alone(bundle):
+    with alone(bundle):
         work = bundle / f".adding-{name}"
         _same_work(work, recipe)
         tokenizer = AutoTokenizer.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
@@ -150,7 +148,7 @@ def compose_memory(
     for file in manifest.files:
         if "/" not in file or any(file.startswith(f"memories/{part}/") for part in of):
             check_file(bundle, manifest, file)
-    with _alone(bundle):
+    with alone(bundle):
         place = bundle / ".composed"
         try:
             tensors, memory = compose_saved(load_backbone(bundle), bundle, of, weights)
@@ -170,7 +168,7 @@ def remove_memory(bundle: Path, name: str) -> None:
     """
     manifest = open_manifest(bundle)
     told = _told(bundle, manifest, name)
-    with _alone(bundle):
+    with alone(bundle):
         set_domain(bundle, name, None)
         _delete(bundle, name, told.adapter)
 
@@ -215,7 +213,7 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
         KoffError: Not a packed memory, a damaged or hostile one, of another plan, or the name is taken.
     """
     manifest = open_manifest(bundle)
-    with _alone(bundle):
+    with alone(bundle):
         place = bundle / ".unpacked"
         shutil.rmtree(place, ignore_errors=True)
         try:
@@ -336,19 +334,6 @@ def _same_work(work: Path, recipe: Recipe) -> None:
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     write_json(stamp, {"recipe": recipe.digest()})
-
-
-@contextmanager
-def _alone(bundle: Path) -> Iterator[None]:
-    lock = FileLock(bundle / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise KoffError(f"{bundle}: another koff-prune is at work there; wait for it") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _told(bundle: Path, manifest: Manifest, name: str) -> Told:

@@ -1,14 +1,11 @@
-"""Pages for people: jinja templates of this package, and text files that are whole or absent."""
+"""Pages for people: jinja templates of this package."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from koff_export.files import disk_errors, fsync_path
 
 
 def render(template: str, **values: Any) -> str:
@@ -37,23 +34,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes aside, syncs, renames.
-
-    Raises:
-        KoffError: The disk is full or may not be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        fsync_path(path.parent)

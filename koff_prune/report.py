@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from koff_export.files import disk_errors, write_json
+from koff_export.files import disk_errors, write_json, write_text
 from koff_prune.figures import kept_widths, learning_curve, number, perplexity_bars
-from koff_prune.pages import finite, render, write_text
+from koff_prune.pages import finite, render
 from koff_prune.verdict import Row, Verdict, cast, judge, row_label, row_labels
 
 if TYPE_CHECKING:

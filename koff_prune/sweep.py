@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from koff_export.errors import KoffError
 from koff_export.files import read_json, recover, staged_dir, write_json
+from koff_prune.lock import alone
 from koff_prune.progress import say
 from koff_prune.recipe import Recipe
 from koff_prune.verdict import Row
@@ -116,12 +115,7 @@ def sweep(
 
     asked = points(recipe, sparsities, seeds, tokens)
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise KoffError(f"{out}: another koff-prune is at work there; wait or use --out") from error
-    try:
+    with alone(out):
         _enter(recipe, out, resume)
         found = []
         for n, point in enumerate(asked, 1):
@@ -131,8 +125,6 @@ def sweep(
         summary = summarise(found)
         write_sweep(out, summary)
         return summary
-    finally:
-        lock.release()
 
 
 def _enter(recipe: Recipe, out: Path, resume: bool) -> None:

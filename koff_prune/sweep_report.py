@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from koff_export.files import write_json
+from koff_export.files import write_json, write_text
 from koff_prune.figures import frontier, number
-from koff_prune.pages import finite, render, write_text
+from koff_prune.pages import finite, render
 from koff_prune.recipe import BASELINES
 from koff_prune.verdict import (
     RESAMPLES,

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 
 from koff_export.errors import KoffError
-from koff_export.files import write_json
+from koff_export.files import write_json, write_text
 from koff_prune.evaluate import window_losses
 from koff_prune.memory import Memories
 from koff_prune.packages import fetch_files
-from koff_prune.pages import write_text
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Memory
 from koff_prune.verdict import RESAMPLES, SEED

@@ -77,15 +77,14 @@ def fsync_path(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` as indented UTF-8 JSON: aside, synced, then renamed over `path`.
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes `text` as UTF-8: aside, synced, then renamed over `path`.
 
     Raises:
         KoffError: the disk is full or may not be written.
     """
     target = Path(path)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with disk_errors(target):
         try:
             with open(aside, "w", encoding="utf-8") as file:
@@ -97,6 +96,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
             aside.unlink(missing_ok=True)
             raise
         fsync_path(target.parent)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes `value` as indented UTF-8 JSON; see `write_text`.
+
+    Raises:
+        KoffError: the disk is full or may not be written.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = 64 << 20) -> Any:

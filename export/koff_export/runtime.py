@@ -16,6 +16,7 @@ from koff_export.bundle import Manifest, check_file, open_manifest
 from koff_export.errors import KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx, is_slot
+from koff_export.sampling import pick
 
 if TYPE_CHECKING:
     from koff_export.text import ChatTemplate
@@ -48,24 +49,6 @@ class _Text:
         self.past = dict(zip(self.past, present, strict=True))
         self.length = end
         return logits.numpy()[0].astype(np.float32, copy=False)
-
-
-def _pick(
-    logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: np.random.Generator
-) -> int:
-    """Chooses a token from logits [vocabulary]: the highest at temperature 0, else a draw."""
-    if temperature <= 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")
-    if top_k > 0:
-        order = order[:top_k]
-    scaled = logits[order].astype(np.float64) / temperature
-    p = np.exp(scaled - scaled[0])
-    p /= p.sum()
-    if top_p < 1:
-        keep = int(np.searchsorted(np.cumsum(p), top_p)) + 1
-        order, p = order[:keep], p[:keep] / p[:keep].sum()
-    return int(random.choice(order, p=p))
 
 
 class Runtime:
@@ -333,7 +316,7 @@ class Runtime:
         for _ in range(max_new_tokens):
             for at in range(0, len(pending), _CHUNK):
                 logits = text.read(pending[at : at + _CHUNK])
-            token = _pick(logits[-1], temperature, top_k, top_p, random)
+            token = pick(logits[-1], temperature, top_k, top_p, random)
             if token in self.manifest.eos:
                 return
             yield token
