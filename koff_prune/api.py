@@ -65,6 +65,15 @@ def cut(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: b
 def _prepare(run: Run) -> None:
     # the cheap mistakes first: too short a text or a target out of reach is told before anything is trained
     even_plan(run.units, run.recipe)
+    if "gguf" in run.recipe.export.formats:
+        from koff_export.gguf import architecture
+
+        structure = run.recipe.structure
+        architecture(
+            run.dense.model.config.model_type,
+            structure.widths == "per_layer",
+            "kv_groups" not in structure.units,
+        )
     _ = run.domains
 
 

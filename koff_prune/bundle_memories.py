@@ -20,20 +20,14 @@ from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, fsync_path, read_json, staged_dir, write_json
-from koff_prune.bundling import (
-    MEMORY_LEARN,
-    attach_memory,
-    compose_saved,
-    lora_slots,
-    numerics,
-    tell_memory,
-)
+from koff_prune.bundling import MEMORY_LEARN, attach_memory, compose_saved, numerics
 from koff_prune.cut import load_backbone
 from koff_prune.domains import load_domain
 from koff_prune.evaluate import window_losses
+from koff_prune.formats import tell_memory, write_gguf_memory, write_onnx_memory
 from koff_prune.learn import Phase, steps_of, train
 from koff_prune.lock import alone
-from koff_prune.memory import Memories, load_memory, memory_of_folder, save_memory
+from koff_prune.memory import Memories, memory_of_folder, save_memory
 from koff_prune.packing import PACKED, check_spelling, extract
 from koff_prune.progress import bar, say
 from koff_prune.reading import load_recipe
@@ -167,10 +161,10 @@ def remove_memory(bundle: Path, name: str) -> None:
         KoffError: No such memory.
     """
     manifest = open_manifest(bundle)
-    told = _told(bundle, manifest, name)
+    _told(bundle, manifest, name)
     with alone(bundle):
         set_domain(bundle, name, None)
-        _delete(bundle, name, told.adapter)
+        _delete(bundle, name)
 
 
 def pack_memory(bundle: Path, name: str, target: Path) -> Path:
@@ -246,30 +240,38 @@ def _publish(
     bundle: Path, manifest: Manifest, name: str, source: Path, more: dict[str, Any]
 ) -> dict[str, Any]:
     """Moves a memory's files into the bundle and enters it; takes it out again where ONNX disagrees."""
-    told = {**tell_memory(source, name, manifest.graph is not None), **more}
-    adapter = None if manifest.graph is None else bundle / told["adapter"]
-    adapter_aside = source.with_name(f".{name}.onnx_adapter.tmp")
+    formats = [f for f, there in (("onnx", manifest.graph), ("gguf", manifest.gguf)) if there]
+    told = {**tell_memory(source, name, formats), **more}
+    beside: dict[Path, Path] = {}  # files of other formats: where they are written, where they belong
     try:
         if manifest.graph is not None:
-            _write_adapter(source, adapter_aside, manifest.graph.layers)
-            fsync_path(adapter_aside)
-        with staged_dir(bundle / "memories" / name) as aside:
-            shutil.copytree(source, aside, dirs_exist_ok=True)
+            aside = source.with_name(f".{name}.onnx_adapter.tmp")
+            beside[aside] = bundle / told["adapter"]
+            write_onnx_memory(source, aside, manifest.graph.layers)
+        if manifest.gguf is not None and told["gguf"]:
+            aside = source.with_name(f".{name}.gguf.tmp")
+            beside[aside] = bundle / told["gguf"]
+            write_gguf_memory(load_backbone(bundle), manifest.gguf.architecture, source, aside)
+        for aside in beside:
+            fsync_path(aside)
+        with staged_dir(bundle / "memories" / name) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
             # everything is written: from here on there are only renames, and an old one's entry goes first
             if name in manifest.domains:
                 set_domain(bundle, name, None)
-        if adapter is not None:
-            adapter.parent.mkdir(exist_ok=True)
-            adapter_aside.rename(adapter)
+        for aside, target in beside.items():
+            target.parent.mkdir(exist_ok=True)
+            aside.rename(target)
     finally:
-        adapter_aside.unlink(missing_ok=True)
+        for aside in beside:
+            aside.unlink(missing_ok=True)
     set_domain(bundle, name, told)
     if manifest.graph is not None:
         say("checking ONNX against torch")
         worst = numerics(bundle, names=[name])[name]
         if not worst <= TOLERANCE:
             set_domain(bundle, name, None)
-            _delete(bundle, name, told["adapter"])
+            _delete(bundle, name)
             raise KoffError(
                 f"memory '{name}': ONNX differs from torch by {worst:.2g}, more than {TOLERANCE};"
                 " it was taken out again"
@@ -277,23 +279,10 @@ def _publish(
     return told
 
 
-def _write_adapter(folder: Path, target: Path, layers: int) -> None:
-    from koff_export.onnx import write_adapter
-
-    memory, tensors = memory_of_folder(folder), load_memory(folder)
-    scale = memory.lora.alpha / memory.lora.rank if memory.lora else 0.0
-    slots = lora_slots(tensors["lora"]) if "lora" in tensors else {}
-    kv = tensors.get("kv")
-    pairs = None
-    if kv is not None:
-        pairs = [(kv[f"layers.{i}.key"], kv[f"layers.{i}.value"]) for i in range(layers)]
-    write_adapter(target, {module: (a, b, scale) for module, (a, b) in slots.items()}, pairs)
-
-
-def _delete(bundle: Path, name: str, adapter: str | None) -> None:
+def _delete(bundle: Path, name: str) -> None:
     shutil.rmtree(bundle / "memories" / name, ignore_errors=True)
-    if adapter is not None:
-        (bundle / "onnx" / "memories" / f"{name}.onnx_adapter").unlink(missing_ok=True)
+    (bundle / "onnx" / "memories" / f"{name}.onnx_adapter").unlink(missing_ok=True)
+    (bundle / "gguf" / "memories" / f"{name}.gguf").unlink(missing_ok=True)
 
 
 def _recipe(
@@ -343,8 +332,8 @@ def _told(bundle: Path, manifest: Manifest, name: str) -> Told:
 
 
 def _files(manifest: Manifest, name: str) -> list[str]:
-    adapter = manifest.domains[name].adapter
-    return [f for f in manifest.files if f.startswith(f"memories/{name}/") or f == adapter]
+    told = manifest.domains[name]
+    return [f for f in manifest.files if f.startswith(f"memories/{name}/") or f in (told.adapter, told.gguf)]
 
 
 def _bytes(manifest: Manifest, name: str) -> int:

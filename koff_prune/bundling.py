@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from koff_export.errors import KoffError
 from koff_export.files import read_json, staged_dir
 from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
+from koff_prune.formats import tell_memory, write_gguf, write_onnx
 from koff_prune.memory import Memories, kind_of, load_memory, memory_of_folder
 from koff_prune.plan import Plan
 from koff_prune.progress import say
@@ -25,21 +25,11 @@ from koff_prune.recipe import Memory
 from koff_prune.units import read_units
 
 if TYPE_CHECKING:
-    from koff_prune.recipe import Recipe
     from koff_prune.run import Run
 
 TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
 # What a bundle remembers of the recipe's `learn`, so that a memory added later is trained as its first ones.
 MEMORY_LEARN = ("window", "batch", "loss", "rates", "warmup", "gradient_checkpointing")
-
-
-def lora_slots(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """PEFT's names to module paths of the plain model: (A [r, in], B [out, r])."""
-    result: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, _, half = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        result.setdefault(module, {})[half] = tensor
-    return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in result.items()}
 
 
 def write_bundle(run: Run) -> Path:
@@ -63,7 +53,7 @@ def write_bundle(run: Run) -> Path:
         told = {}
         for name in domains:
             shutil.copytree(run.folder / "memories" / name, aside / "memories" / name)
-            told[name] = tell_memory(aside / "memories" / name, name, "onnx" in recipe.export.formats)
+            told[name] = tell_memory(aside / "memories" / name, name, recipe.export.formats)
         tokenizer, config = run.dense.tokenizer, run.dense.model.config
         eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
         manifest: dict[str, Any] = {
@@ -79,10 +69,13 @@ def write_bundle(run: Run) -> Path:
             "domains": told,
             "learn": recipe.learn.model_dump(mode="json", include=set(MEMORY_LEARN)),
             "graph": None,
+            "gguf": None,
             "numerics": {"asked": stamp},
         }
         if "onnx" in recipe.export.formats:
-            manifest["graph"] = _write_onnx(aside, domains, recipe)
+            manifest["graph"] = write_onnx(aside, domains, recipe.export)
+        if "gguf" in recipe.export.formats:
+            manifest["gguf"] = write_gguf(aside, told, recipe.export)
         (aside / "README.md").write_text(_card(run, plan, told), encoding="utf-8")
         write_manifest(aside, manifest)
         if manifest["graph"]:
@@ -90,56 +83,6 @@ def write_bundle(run: Run) -> Path:
             manifest["numerics"]["onnx_logits"] = numerics(aside)
             write_manifest(aside, manifest)
     return target
-
-
-def tell_memory(folder: Path, name: str, onnx: bool) -> dict[str, Any]:
-    """What the manifest says of a saved memory."""
-    memory = memory_of_folder(folder)
-    tensors = load_memory(folder)
-    return {
-        "kv_tokens": memory.kv.tokens if memory.kv else 0,
-        "lora_rank": memory.lora.rank if memory.lora else 0,
-        "lora_alpha": memory.lora.alpha if memory.lora else 0,
-        "rope": "post",
-        "parameters": sum(t.numel() for part in tensors.values() for t in part.values()),
-        "adapter": f"onnx/memories/{name}.onnx_adapter" if onnx else None,
-        "peft": f"memories/{name}",
-    }
-
-
-def _write_onnx(folder: Path, domains: list[str], recipe: Recipe) -> dict[str, Any]:
-    from koff_export.onnx import export_onnx, write_adapter
-    from koff_export.quantize import quantize
-
-    model = load_backbone(folder)
-    memories = {name: load_memory(folder / "memories" / name) for name in domains}
-    slots = {name: lora_slots(m["lora"]) if "lora" in m else {} for name, m in memories.items()}
-    modules = sorted({module for table in slots.values() for module in table})
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every operator of torchvision
-    say(f"exporting ONNX ({len(model.model.layers)} layers, about 5 s each)")
-    info = export_onnx(model, folder, lora_modules=modules, progress=say)
-    (folder / "onnx" / "memories").mkdir(exist_ok=True)
-    for name, tensors in memories.items():
-        scale = 0.0
-        if recipe.memory.lora is not None:
-            scale = recipe.memory.lora.alpha / recipe.memory.lora.rank
-        kv = tensors.get("kv")
-        pairs = None
-        if kv is not None:
-            pairs = [(kv[f"layers.{i}.key"], kv[f"layers.{i}.value"]) for i in range(info.layers)]
-        write_adapter(
-            folder / "onnx" / "memories" / f"{name}.onnx_adapter",
-            {module: (a, b, scale) for module, (a, b) in slots[name].items()},
-            pairs,
-        )
-    precisions = {"fp32": "onnx/model.onnx"}
-    for precision in recipe.export.onnx.precision:
-        if precision != "fp32":
-            path = f"onnx/model_{precision}.onnx"
-            say(f"quantising to {precision}")
-            quantize(folder / "onnx/model.onnx", folder / path, {"int8": 8, "int4": 4}[precision])
-            precisions[precision] = path
-    return {**vars(info), "precisions": precisions}
 
 
 def numerics(folder: Path, tokens: int = 24, names: list[str] | None = None) -> dict[str, float]:

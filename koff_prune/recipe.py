@@ -312,11 +312,22 @@ class OnnxExport(Section):
     precision: list[Literal["fp32", "int8", "int4"]] = Field(default=["fp32"], min_length=1)
 
 
+class GgufExport(Section):
+    """The GGUF files of a bundle, for llama.cpp."""
+
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
+        default="f16", description="Of the matrices; norms stay float32."
+    )
+
+
 class Export(Section):
     """What a bundle holds."""
 
-    formats: list[Literal["safetensors", "onnx"]] = Field(default=["safetensors", "onnx"], min_length=1)
+    formats: list[Literal["safetensors", "onnx", "gguf"]] = Field(
+        default=["safetensors", "onnx"], min_length=1
+    )
     onnx: OnnxExport = OnnxExport()
+    gguf: GgufExport = GgufExport()
 
     @field_validator("formats")
     @classmethod

@@ -21,6 +21,7 @@ _SUFFIXES = (
     ".onnx",
     ".onnx.data",
     ".onnx_adapter",
+    ".gguf",
     ".md",
     ".txt",
     ".jinja",
@@ -28,7 +29,7 @@ _SUFFIXES = (
 )
 _PLAIN_NAMES = ("LICENSE", "NOTICE")
 # Memories may be dropped into a finished bundle; every other file must be in the manifest.
-_OPEN_FOLDERS = ("memories/", "onnx/memories/")
+_OPEN_FOLDERS = ("memories/", "onnx/memories/", "gguf/memories/")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Domain:
         rope: "post": keys are stored with their rotation applied.
         parameters: Size of the memory.
         adapter: Path of the `.onnx_adapter` in the bundle, or None without an ONNX graph.
+        gguf: Path of its LoRA as a GGUF adapter, or None.
         peft: Path of the PEFT folder in the bundle, or None.
     """
 
@@ -51,6 +53,7 @@ class Domain:
     rope: str = "post"
     parameters: int = 0
     adapter: str | None = None
+    gguf: str | None = None
     peft: str | None = None
 
 
@@ -65,6 +68,15 @@ class Graph:
     inputs: list[str]
     outputs: list[str]
     precisions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """The backbone for llama.cpp: path, type of its matrices, llama.cpp's name of the architecture."""
+
+    model: str
+    type: str
+    architecture: str
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class Manifest:
         eos: Tokens that end a text.
         domains: Memories by domain name.
         graph: The ONNX graph, or None in a bundle without one.
+        gguf: The GGUF files, or None in a bundle without them.
         context: Positions of the model, memory and text together; None if unknown.
         numerics: What was measured at export.
         files: By path: {"sha256", "size"}.
@@ -99,6 +112,7 @@ class Manifest:
     eos: list[int]
     domains: dict[str, Domain]
     graph: Graph | None
+    gguf: Gguf | None = None
     context: int | None = None
     numerics: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -172,6 +186,7 @@ def _domain(name: str, value: Any, where: str) -> Domain:
         rope=r.text("rope", "post"),
         parameters=r.count("parameters", 0),
         adapter=r.maybe_text("adapter"),
+        gguf=r.maybe_text("gguf"),
         peft=r.maybe_text("peft"),
     )
 
@@ -192,6 +207,11 @@ def _graph(value: Any, where: str) -> Graph:
     if not all(isinstance(path, str) for path in graph.precisions.values()):
         raise r.fail("precisions", "a map of names to paths")
     return graph
+
+
+def _gguf(value: Any, where: str) -> Gguf:
+    r = _Reader(value, f"{where}, gguf")
+    return Gguf(model=r.text("model"), type=r.text("type"), architecture=r.text("architecture"))
 
 
 def open_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -227,6 +247,7 @@ def open_manifest(folder: str | os.PathLike[str]) -> Manifest:
         eos=r.items("eos", int),
         domains={name: _domain(name, value, where) for name, value in r.mapping("domains").items()},
         graph=None if r.value.get("graph") is None else _graph(r.value["graph"], where),
+        gguf=None if r.value.get("gguf") is None else _gguf(r.value["gguf"], where),
         context=r.maybe_count("context"),
         numerics=r.mapping("numerics"),
         files=files,
@@ -276,15 +297,15 @@ def set_domain(folder: str | os.PathLike[str], name: str, told: dict[str, Any] |
     manifest = read_json(root / MANIFEST)
     old = manifest["domains"].pop(name, {})
     gone = f"{(told or old).get('peft') or f'memories/{name}'}/"
-    adapters = {old.get("adapter"), (told or {}).get("adapter")}
+    beside = {entry.get(kind) for entry in (old, told or {}) for kind in ("adapter", "gguf")}
     files = {
         path: entry
         for path, entry in manifest["files"].items()
-        if not path.startswith(gone) and path not in adapters
+        if not path.startswith(gone) and path not in beside
     }
     if told is not None:
         manifest["domains"][name] = told
-        mine = [p for p in _walk(root) if p.startswith(gone) or p == told.get("adapter")]
+        mine = [p for p in _walk(root) if p.startswith(gone) or p in (told.get("adapter"), told.get("gguf"))]
         for path in mine:
             _check_kind(path)
             files[path] = {"sha256": sha256_file(root / path), "size": (root / path).stat().st_size}

@@ -1,0 +1,105 @@
+"""What a bundle holds beside safetensors: the ONNX graph and its adapters, the GGUF files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from koff_prune.cut import load_backbone
+from koff_prune.memory import load_memory, memory_of_folder
+from koff_prune.progress import say
+from koff_prune.recipe import Export
+
+GGUF_MODEL = "gguf/model.gguf"
+
+
+def lora_slots(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """PEFT's names to module paths of the plain model: (A [r, in], B [out, r])."""
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, half = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        result.setdefault(module, {})[half] = tensor
+    return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in result.items()}
+
+
+def tell_memory(folder: Path, name: str, formats: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of a saved memory in a bundle of these formats."""
+    memory, tensors = memory_of_folder(folder), load_memory(folder)
+    return {
+        "kv_tokens": memory.kv.tokens if memory.kv else 0,
+        "lora_rank": memory.lora.rank if memory.lora else 0,
+        "lora_alpha": memory.lora.alpha if memory.lora else 0,
+        "rope": "post",
+        "parameters": sum(t.numel() for part in tensors.values() for t in part.values()),
+        "adapter": f"onnx/memories/{name}.onnx_adapter" if "onnx" in formats else None,
+        "gguf": f"gguf/memories/{name}.gguf" if "gguf" in formats and memory.lora else None,
+        "peft": f"memories/{name}",
+    }
+
+
+def write_onnx(folder: Path, domains: Sequence[str], export: Export) -> dict[str, Any]:
+    """Writes onnx/ into a bundle; returns what the manifest's `graph` says."""
+    from koff_export.onnx import export_onnx
+    from koff_export.quantize import quantize
+
+    model = load_backbone(folder)
+    places = {name: folder / "memories" / name for name in domains}
+    slots = [lora_slots(load_memory(place).get("lora", {})) for place in places.values()]
+    modules = sorted({module for table in slots for module in table})
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every operator of torchvision
+    say(f"exporting ONNX ({len(model.model.layers)} layers, about 5 s each)")
+    info = export_onnx(model, folder, lora_modules=modules, progress=say)
+    for name, place in places.items():
+        write_onnx_memory(place, folder / "onnx" / "memories" / f"{name}.onnx_adapter", info.layers)
+    precisions = {"fp32": "onnx/model.onnx"}
+    for precision in export.onnx.precision:
+        if precision != "fp32":
+            path = f"onnx/model_{precision}.onnx"
+            say(f"quantising to {precision}")
+            quantize(folder / "onnx/model.onnx", folder / path, {"int8": 8, "int4": 4}[precision])
+            precisions[precision] = path
+    return {**vars(info), "precisions": precisions}
+
+
+def write_onnx_memory(memory: Path, target: Path, layers: int) -> None:
+    """Writes a saved memory as the `.onnx_adapter` of a graph of so many layers."""
+    from koff_export.onnx import write_adapter
+
+    section, tensors = memory_of_folder(memory), load_memory(memory)
+    scale = section.lora.alpha / section.lora.rank if section.lora else 0.0
+    slots, kv = lora_slots(tensors.get("lora", {})), tensors.get("kv")
+    pairs = None
+    if kv is not None:
+        pairs = [(kv[f"layers.{i}.key"], kv[f"layers.{i}.value"]) for i in range(layers)]
+    write_adapter(target, {module: (a, b, scale) for module, (a, b) in slots.items()}, pairs)
+
+
+def write_gguf(folder: Path, domains: Mapping[str, Mapping[str, Any]], export: Export) -> dict[str, Any]:
+    """Writes gguf/ into a bundle; returns what the manifest's `gguf` says."""
+    from koff_export.gguf import export_gguf
+
+    model = load_backbone(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    say("writing GGUF")
+    arch = export_gguf(model, tokenizer, folder / GGUF_MODEL, export.gguf.type)
+    for name, told in domains.items():
+        if told["gguf"]:
+            write_gguf_memory(model, arch, folder / "memories" / name, folder / told["gguf"])
+    short = [name for name, told in domains.items() if told["kv_tokens"]]
+    if short:
+        say(f"GGUF holds no learned KV: there, {', '.join(short)} are their LoRA alone")
+    return {"model": GGUF_MODEL, "type": export.gguf.type, "architecture": arch}
+
+
+def write_gguf_memory(model: PreTrainedModel, arch: str, memory: Path, target: Path) -> None:
+    """Writes a saved memory's LoRA as the GGUF adapter of a backbone written as `arch`."""
+    from koff_export.gguf import export_gguf_lora
+
+    section = memory_of_folder(memory)
+    assert section.lora is not None
+    export_gguf_lora(model, arch, lora_slots(load_memory(memory)["lora"]), section.lora.alpha, target)
