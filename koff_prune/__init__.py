@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from koff_prune.api import export as export
     from koff_prune.api import learn as learn
     from koff_prune.api import plan as plan
-    from koff_prune.bundling import attach_memory as attach_memory
+    from koff_prune.attach import attach_memory as attach_memory
     from koff_prune.bundling import load_bundle as load_bundle
     from koff_prune.bundling import verify as verify
     from koff_prune.cut import load_backbone as load_backbone

@@ -85,11 +85,20 @@ def _cut(run: Run) -> None:
     cut_arm(run, arm, run.folder, keep_backbone=True)
 
 
-def export(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: bool = False) -> Path:
-    """Backbone and memories to bundle/ (earlier stages first where needed)."""
+def export(
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    merge: str | None = None,
+) -> Path:
+    """Backbone and memories to bundle/, or with one memory merged to bundle-<domain>/."""
     with _open(recipe, out, resume) as run:
+        if merge is not None and merge not in run.recipe.domains:
+            known = ", ".join(run.recipe.domains)
+            raise KoffError(f"--merge {merge}: the recipe has no such domain; it has {known}")
         _cut(run)
-        return write_bundle(run)
+        return write_bundle(run, merge)
 
 
 def compare(

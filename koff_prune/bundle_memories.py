@@ -20,7 +20,8 @@ from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, fsync_path, read_json, staged_dir, write_json
-from koff_prune.bundling import MEMORY_LEARN, attach_memory, compose_saved, numerics
+from koff_prune.attach import attach_memory
+from koff_prune.bundling import MEMORY_LEARN, compose_saved
 from koff_prune.cut import load_backbone
 from koff_prune.domains import load_domain
 from koff_prune.evaluate import window_losses
@@ -28,12 +29,12 @@ from koff_prune.formats import tell_memory, write_gguf_memory, write_onnx_memory
 from koff_prune.learn import Phase, steps_of, train
 from koff_prune.lock import alone
 from koff_prune.memory import Memories, memory_of_folder, save_memory
+from koff_prune.numerics import TOLERANCE, numerics
 from koff_prune.packing import PACKED, check_spelling, extract
 from koff_prune.progress import bar, say
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 
-TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
 _MORE = ("heldout", "trained", "composed")  # what the manifest tells beyond sizes, where it is known
 
 
@@ -228,6 +229,11 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
 
 
 def _check_name(bundle: Path, manifest: Manifest, name: str, replace: bool) -> None:
+    if manifest.merged is not None:
+        raise KoffError(
+            f"{bundle}: holds the memory of {manifest.merged} merged, and no slots for others; use the bundle"
+            " that was exported without --merge"
+        )
     check_spelling(name)
     taken = next((n for n in manifest.domains if n.casefold() == name.casefold()), None)
     if taken not in (None, name):  # many disks do not tell case apart

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -15,10 +14,13 @@ import koff_prune
 from koff_export.bundle import check_files, open_manifest, write_manifest
 from koff_export.errors import KoffError
 from koff_export.files import read_json, staged_dir
+from koff_prune.attach import attach, attach_memory
 from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
 from koff_prune.formats import tell_memory, write_gguf, write_onnx
-from koff_prune.memory import Memories, kind_of, load_memory, memory_of_folder
+from koff_prune.memory import kind_of, load_memory, memory_of_folder
+from koff_prune.merge import merge_memory
+from koff_prune.numerics import TOLERANCE, accuracy, numerics
 from koff_prune.plan import Plan
 from koff_prune.progress import say
 from koff_prune.recipe import Memory
@@ -27,19 +29,23 @@ from koff_prune.units import read_units
 if TYPE_CHECKING:
     from koff_prune.run import Run
 
-TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
 # What a bundle remembers of the recipe's `learn`, so that a memory added later is trained as its first ones.
 MEMORY_LEARN = ("window", "batch", "loss", "rates", "warmup", "gradient_checkpointing")
 
 
-def write_bundle(run: Run) -> Path:
-    """Writes `bundle/`: aside first, renamed when whole.
+def write_bundle(run: Run, merge: str | None = None) -> Path:
+    """Writes `bundle/`, or `bundle-<domain>/`: aside first, renamed when whole.
+
+    Args:
+        run: With its backbone and memories.
+        merge: A domain whose memory becomes part of the backbone and the graphs; no other is in the bundle.
 
     Returns:
         The bundle's folder.
     """
-    target, recipe = run.folder / "bundle", run.recipe
-    stamp = {"export": recipe.export.model_dump(mode="json")}
+    recipe = run.recipe
+    target = run.folder / ("bundle" if merge is None else f"bundle-{merge}")
+    stamp = {"export": recipe.export.model_dump(mode="json"), **({"merge": merge} if merge else {})}
     if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get(
         "asked"
     ) == stamp:
@@ -50,10 +56,14 @@ def write_bundle(run: Run) -> Path:
         for file in (run.folder / "backbone").iterdir():
             shutil.copy2(file, aside / file.name)
         shutil.copy2(run.folder / "plan.json", aside / "plan.json")
-        told = {}
-        for name in domains:
-            shutil.copytree(run.folder / "memories" / name, aside / "memories" / name)
-            told[name] = tell_memory(aside / "memories" / name, name, recipe.export.formats)
+        if merge is None:
+            for name in domains:
+                shutil.copytree(run.folder / "memories" / name, aside / "memories" / name)
+        else:
+            merge_memory(run.folder / "memories" / merge, aside, merge)
+            domains = [merge] if (aside / "memories" / merge).exists() else []
+        formats = recipe.export.formats if merge is None else []
+        told = {name: tell_memory(aside / "memories" / name, name, formats) for name in domains}
         tokenizer, config = run.dense.tokenizer, run.dense.model.config
         eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
         manifest: dict[str, Any] = {
@@ -70,10 +80,11 @@ def write_bundle(run: Run) -> Path:
             "learn": recipe.learn.model_dump(mode="json", include=set(MEMORY_LEARN)),
             "graph": None,
             "gguf": None,
+            "merged": merge,
             "numerics": {"asked": stamp},
         }
         if "onnx" in recipe.export.formats:
-            manifest["graph"] = write_onnx(aside, domains, recipe.export)
+            manifest["graph"] = write_onnx(aside, domains if merge is None else [], recipe.export, merge)
         if "gguf" in recipe.export.formats:
             manifest["gguf"] = write_gguf(aside, told, recipe.export)
         (aside / "README.md").write_text(_card(run, plan, told), encoding="utf-8")
@@ -81,70 +92,11 @@ def write_bundle(run: Run) -> Path:
         if manifest["graph"]:
             say("checking ONNX against torch")
             manifest["numerics"]["onnx_logits"] = numerics(aside)
+            measured = domains if merge is None else [merge]
+            texts = {name: run.domains[name].heldout[0].tolist() for name in measured}
+            manifest["numerics"]["precision"] = accuracy(aside, texts)
             write_manifest(aside, manifest)
     return target
-
-
-def numerics(folder: Path, tokens: int = 24, names: list[str] | None = None) -> dict[str, float]:
-    """Largest logit difference between torch (float32) and ONNX Runtime, without and with every memory.
-
-    Args:
-        folder: The bundle.
-        tokens: Of the random text.
-        names: Only these memories.
-    """
-    from koff_export.runtime import Runtime
-
-    manifest = open_manifest(folder)
-    runtime = Runtime.open(folder, verify=False)
-    assert manifest.graph is not None
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, min(manifest.graph.vocab_size, 30_000), (1, tokens), generator=generator)
-    result = {}
-    model = load_backbone(folder, torch.float32)
-    attached = None
-    asked: list[str | None] = [*names] if names else [None, *manifest.domains]
-    for name in asked:
-        if name is not None:
-            attached = attach_memory(model, folder / "memories" / name)
-            attached.activate(attached.domains[0])
-        with torch.no_grad():
-            expected = model(input_ids=ids, use_cache=False).logits[0].numpy()
-        result[name or "none"] = float(np.abs(runtime.logits(ids[0].tolist(), name) - expected).max())
-        if attached is not None:
-            model, attached = attached.unwrap(), None
-    return result
-
-
-def attach_memory(model: PreTrainedModel, path: str | Path) -> Memories:
-    """Puts a saved memory around a backbone and activates it.
-
-    Args:
-        model: From `load_backbone`; its modules get wrapped in place.
-        path: A memory's folder, such as `bundle/memories/de`.
-
-    Returns:
-        The Memories; `.base` is the model with the memory on, `.activate(None)` takes it off.
-
-    Raises:
-        KoffError: The memory was trained for another plan.
-    """
-    path = Path(path)
-    return _attach(model, path.name, load_memory(path), memory_of_folder(path))
-
-
-def _attach(
-    model: PreTrainedModel, name: str, tensors: Mapping[str, Mapping[str, torch.Tensor]], memory: Memory
-) -> Memories:
-    prefill = torch.zeros(memory.kv.tokens if memory.kv else 1, dtype=torch.long)
-    try:
-        memories = Memories(model, memory, {name: prefill}, 0)
-    except ValueError as error:  # PEFT finds no such modules
-        reason = str(error).splitlines()[0][:200]
-        raise KoffError(f"memory {name}: does not fit this backbone ({reason})") from error
-    memories.load(name, tensors)
-    memories.activate(name)
-    return memories
 
 
 def load_bundle(
@@ -167,6 +119,8 @@ def load_bundle(
     """
     folder = Path(folder)
     manifest = open_manifest(folder)
+    if memory is None and manifest.merged in manifest.domains:
+        memory = manifest.merged  # what is left of it: the learned KV
     if memory is None:
         return load_backbone(folder, dtype)
     names = [memory] if memory in manifest.domains else memory.split("+")
@@ -179,7 +133,7 @@ def load_bundle(
     if len(names) == 1 and weights is None:
         attached = attach_memory(model, folder / "memories" / names[0])
     else:
-        attached = _attach(model, memory, *compose_saved(model, folder, names, weights))
+        attached = attach(model, memory, *compose_saved(model, folder, names, weights))
     attached.base.__dict__["koff_memories"] = attached  # keeps the KV alive with the model
     return attached.base
 

@@ -112,10 +112,17 @@ def cut(
 
 @app.command()
 def export(
-    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+    recipe: RecipePath,
+    out: Out = None,
+    resume: Resume = False,
+    set_: Set = None,
+    threads: Threads = None,
+    merge: Annotated[
+        str | None, typer.Option("--merge", help="Bake one domain's memory in: bundle-<domain>/, no slots.")
+    ] = None,
 ) -> None:
     """Write the bundle."""
-    print(_stage("export", recipe, out, resume, set_, threads))
+    print(_stage("export", recipe, out, resume, set_, threads, merge=merge))
 
 
 @app.command()

@@ -42,8 +42,17 @@ def tell_memory(folder: Path, name: str, formats: Sequence[str]) -> dict[str, An
     }
 
 
-def write_onnx(folder: Path, domains: Sequence[str], export: Export) -> dict[str, Any]:
-    """Writes onnx/ into a bundle; returns what the manifest's `graph` says."""
+def write_onnx(
+    folder: Path, domains: Sequence[str], export: Export, merged: str | None = None
+) -> dict[str, Any]:
+    """Writes onnx/ into a bundle; returns what the manifest's `graph` says.
+
+    Args:
+        folder: The bundle.
+        domains: Whose memories get an adapter.
+        export: The recipe's section.
+        merged: The domain whose LoRA the backbone already has and whose KV, if any, the graph is to hold.
+    """
     from koff_export.onnx import export_onnx
     from koff_export.quantize import quantize
 
@@ -53,7 +62,8 @@ def write_onnx(folder: Path, domains: Sequence[str], export: Export) -> dict[str
     modules = sorted({module for table in slots for module in table})
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every operator of torchvision
     say(f"exporting ONNX ({len(model.model.layers)} layers, about 5 s each)")
-    info = export_onnx(model, folder, lora_modules=modules, progress=say)
+    baked = None if merged is None else _kv_of(folder / "memories" / merged, model)
+    info = export_onnx(model, folder, lora_modules=modules, baked=baked, progress=say)
     for name, place in places.items():
         write_onnx_memory(place, folder / "onnx" / "memories" / f"{name}.onnx_adapter", info.layers)
     precisions = {"fp32": "onnx/model.onnx"}
@@ -64,6 +74,16 @@ def write_onnx(folder: Path, domains: Sequence[str], export: Export) -> dict[str
             quantize(folder / "onnx/model.onnx", folder / path, {"int8": 8, "int4": 4}[precision])
             precisions[precision] = path
     return {**vars(info), "precisions": precisions}
+
+
+def _kv_of(memory: Path, model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A merged memory's learned KV by layer, of length 0 where it has none."""
+    attentions = [layer.self_attn for layer in model.model.layers]
+    if not memory.exists():
+        empty = [torch.zeros(a.k_proj.out_features // a.head_dim, 0, a.head_dim) for a in attentions]
+        return [(e, e) for e in empty]
+    kv = load_memory(memory)["kv"]
+    return [(kv[f"layers.{i}.key"], kv[f"layers.{i}.value"]) for i in range(len(attentions))]
 
 
 def write_onnx_memory(memory: Path, target: Path, layers: int) -> None:

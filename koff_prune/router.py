@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from koff_export.bundle import open_manifest
 from koff_export.router import Choice, choose
-from koff_prune.bundling import attach_memory
+from koff_prune.attach import attach_memory
 from koff_prune.cut import load_backbone
 from koff_prune.evaluate import window_losses
 from koff_prune.memory import Memories

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_verify_passes(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert set(told["onnx_logits"]) == {"none", "law", "code"}
     assert all(worst < 1e-3 for worst in told["onnx_logits"].values())
     assert told["sparsity"] == pytest.approx(0.2, abs=0.002)
+
+
+def test_the_manifest_tells_what_few_bits_cost(bundle: Path, place: Path) -> None:
+    told = read_json(bundle / "koff.json")["numerics"]["precision"]
+    assert set(told) == {"fp32", "int8"}
+    assert told["fp32"]["kl"] == 0 < told["int8"]["kl"] < 1e-2
+    total = count = 0.0
+    for name in ("law", "code"):
+        lines = (place / "run" / "domains" / f"{name}.heldout.jsonl").read_text().splitlines()
+        nats, tokens = Runtime.open(bundle, "int8").score([json.loads(lines[0])["tokens"]], name)
+        total, count = total + nats, count + tokens
+    assert told["int8"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
 def test_the_backbone_is_what_plan_json_says(bundle: Path) -> None:
@@ -268,6 +281,37 @@ def test_exporting_other_formats_again(place: Path, capsys: pytest.CaptureFixtur
     manifest = read_json(place / "plain" / "bundle" / "koff.json")
     assert manifest["graph"] is None and not (place / "plain" / "bundle" / "onnx").exists()
     assert koff_prune(capsys, "verify", place / "plain" / "bundle").code == 0
+
+
+def test_one_memory_merged_computes_the_same_without_slots(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = koff_prune(
+        capsys, "export", place / "recipe.yaml", "--out", place / "run", "--resume", "--merge", "law"
+    )
+    assert answer.code == 0, answer.err
+    merged = place / "run" / "bundle-law"
+    assert koff_prune(capsys, "verify", merged).code == 0
+    ids = token_ids(20).tolist()
+    whole, baked = Runtime.open(place / "run" / "bundle"), Runtime.open(merged)
+    assert baked.memories == []
+    assert np.abs(whole.logits(ids, "law") - baked.logits(ids)).max() < 1e-3
+    assert np.abs(whole.logits(ids) - baked.logits(ids)).max() > 1e-2
+    assert greedy(baked, ids, None, 8) == greedy(whole, ids, "law", 8)
+    with torch.no_grad():
+        torch_says = load_bundle(merged)(input_ids=torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(torch_says - baked.logits(ids)).max() < 1e-3
+    assert read_json(merged / "koff.json")["numerics"]["precision"]["int8"]["kl"] > 0
+    # it takes no other memory
+    told = koff_prune(capsys, "memory", "add", merged, "--name", "more", "--data", place / "law")
+    one_sentence(told, "exported without --merge")
+
+
+def test_a_domain_that_is_not_there_is_not_merged(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = koff_prune(
+        capsys, "export", place / "recipe.yaml", "--out", place / "run", "--resume", "--merge", "art"
+    )
+    one_sentence(answer, "it has law, code")
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

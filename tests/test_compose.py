@@ -17,7 +17,7 @@ import koff_prune as package
 from koff_export.errors import KoffError
 from koff_export.runtime import Runtime
 from koff_prune import load_bundle
-from koff_prune.bundling import attach_memory
+from koff_prune.attach import attach_memory
 from koff_prune.compose import compose, move
 from koff_prune.memory import load_memory, memory_of_folder, save_memory
 from koff_prune.recipe import Kv, Lora, Memory

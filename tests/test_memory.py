@@ -11,7 +11,7 @@ from model_helpers import logits, memories_on, tiny_memory, tiny_model, tiny_sha
 from transformers import DynamicCache
 
 from koff_export.errors import KoffError
-from koff_prune.bundling import attach_memory
+from koff_prune.attach import attach_memory
 from koff_prune.memory import KvMemory, Memories, kind_of, load_memory, memory_of_folder, prefill, save_memory
 from koff_prune.recipe import Memory
 

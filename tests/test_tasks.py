@@ -12,7 +12,7 @@ import torch
 from run_helpers import koff_prune, recipe_of
 
 from koff_prune import load_backbone, tasks
-from koff_prune.bundling import attach_memory
+from koff_prune.attach import attach_memory
 
 CHOICES = (" the court shall hear", " if x return f", " any party of court", " def else : (")
 

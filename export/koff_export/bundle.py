@@ -96,6 +96,7 @@ class Manifest:
         domains: Memories by domain name.
         graph: The ONNX graph, or None in a bundle without one.
         gguf: The GGUF files, or None in a bundle without them.
+        merged: The domain whose memory is part of the backbone and the graphs, or None.
         context: Positions of the model, memory and text together; None if unknown.
         numerics: What was measured at export.
         files: By path: {"sha256", "size"}.
@@ -113,6 +114,7 @@ class Manifest:
     domains: dict[str, Domain]
     graph: Graph | None
     gguf: Gguf | None = None
+    merged: str | None = None
     context: int | None = None
     numerics: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -248,6 +250,7 @@ def open_manifest(folder: str | os.PathLike[str]) -> Manifest:
         domains={name: _domain(name, value, where) for name, value in r.mapping("domains").items()},
         graph=None if r.value.get("graph") is None else _graph(r.value["graph"], where),
         gguf=None if r.value.get("gguf") is None else _gguf(r.value["gguf"], where),
+        merged=r.maybe_text("merged"),
         context=r.maybe_count("context"),
         numerics=r.mapping("numerics"),
         files=files,

@@ -185,11 +185,26 @@ def add_defaults(model: onnx.ModelProto) -> None:
             model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, dtype), value.name))
 
 
+def _bake(model: onnx.ModelProto, kv: Sequence[Pair]) -> None:
+    """Replaces the memory's slots by constants: the graph then knows this one learned KV and no other."""
+    constants = {f"memory.{i}.{kind}": pair[n] for i, pair in enumerate(kv)
+                 for n, kind in enumerate(("key", "value"))}  # fmt: skip
+    for name, tensor in constants.items():
+        array = np.ascontiguousarray(tensor.detach().float().cpu().numpy()[None])
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, f"merged.{name}"))
+    for node in model.graph.node:
+        node.input[:] = [f"merged.{name}" if name in constants else name for name in node.input]
+    stay = [value for value in model.graph.input if value.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(stay)
+
+
 def export_onnx(
     model: PreTrainedModel,
     folder: str | Path,
     *,
     lora_modules: Sequence[str],
+    baked: Sequence[Pair] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> GraphInfo:
     """Writes `folder`/onnx/model.onnx (+ model.onnx.data), float32.
@@ -206,6 +221,8 @@ def export_onnx(
             counts may differ per layer. It is left exactly as it was, dtype included.
         folder: The bundle's folder; `onnx/` is made in it.
         lora_modules: Paths of the linear modules that get a LoRA slot ("model.layers.0.mlp.up_proj").
+        baked: A learned KV, one (key, value) [kv_heads_i, P, head_dim] per layer, P may be 0, that the graph
+            is to hold for good: it then has no slots for another.
         progress: Called with one line before each slow step.
 
     Raises:
@@ -273,6 +290,9 @@ def export_onnx(
             program.save(str(target), external_data=True)
     graph = onnx.load(target, load_external_data=False)
     del graph.graph.value_info[:]  # only a hint to readers, as large as the graph itself
+    if baked is not None:
+        _bake(graph, baked)
+        inputs = [name for name in inputs if not is_slot(name)]
     add_defaults(graph)
     with disk_errors(target):
         onnx.save(graph, target)

@@ -60,7 +60,9 @@ class Runtime:
         self._session = session
         self._verify = verify
         self._adapters: dict[str, ort.LoraAdapter] = {}
-        self._kv_tokens: dict[str, int] = {}  # length of the learned KV, by memory
+        # length of the learned KV, by memory; "" is the bare graph's own
+        within = manifest.domains.get(manifest.merged or "")
+        self._kv_tokens: dict[str, int] = {"": within.kv_tokens if within else 0}
         self._tokenizer: Any = None
         self._outputs = [output.name for output in session.get_outputs()]
         self._slots = {i.name: i for i in session.get_overridable_initializers()}
@@ -120,7 +122,8 @@ class Runtime:
         for i, heads in enumerate(graph.kv_heads):
             for kind in ("key", "value"):
                 past, memory = f"past_key_values.{i}.{kind}", f"memory.{i}.{kind}"
-                for name, first in ((past, None), (memory, 1)):
+                slots = () if self.manifest.merged else ((memory, 1),)
+                for name, first in ((past, None), *slots):
                     shape = found[name].shape if name in found else []
                     if (
                         len(shape) != 4

@@ -1,0 +1,91 @@
+"""What a bundle's graphs compute beside torch, and what few bits cost beside float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from koff_export.bundle import open_manifest
+from koff_prune.attach import attach_memory
+from koff_prune.cut import load_backbone
+
+TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
+SHORT = 256  # tokens of a domain's text that precisions are measured on: its logits must fit in memory
+
+
+def numerics(folder: Path, tokens: int = 24, names: list[str] | None = None) -> dict[str, float]:
+    """Largest logit difference between torch (float32) and ONNX Runtime, without and with every memory.
+
+    Args:
+        folder: The bundle.
+        tokens: Of the random text.
+        names: Only these memories.
+    """
+    from koff_export.runtime import Runtime
+
+    manifest = open_manifest(folder)
+    runtime = Runtime.open(folder, verify=False)
+    assert manifest.graph is not None
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, min(manifest.graph.vocab_size, 30_000), (1, tokens), generator=generator)
+    result = {}
+    model = load_backbone(folder, torch.float32)
+    attached = None
+    graph_names = [] if manifest.merged else list(manifest.domains)
+    asked: list[str | None] = [*names] if names else [None, *graph_names]
+    for name in asked:
+        around = manifest.merged if manifest.merged in manifest.domains else name
+        if around is not None:
+            attached = attach_memory(model, folder / "memories" / around)
+            attached.activate(attached.domains[0])
+        with torch.no_grad():
+            expected = model(input_ids=ids, use_cache=False).logits[0].numpy()
+        result[name or "none"] = float(np.abs(runtime.logits(ids[0].tolist(), name) - expected).max())
+        if attached is not None:
+            model, attached = attached.unwrap(), None
+    return result
+
+
+def accuracy(folder: Path, texts: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
+    """What each precision of a bundle's graph loses, with every memory on its own domain's text.
+
+    Args:
+        folder: The bundle.
+        texts: By domain, tokens of held-out text; the first `SHORT` of each are used.
+
+    Returns:
+        By precision: `kl`, the mean KL divergence from float32 in nats per token (0 for fp32 itself), and
+        `perplexity`. Empty without texts.
+    """
+    from koff_export.runtime import Runtime
+
+    manifest = open_manifest(folder)
+    assert manifest.graph is not None
+    short = {name: list(text[:SHORT]) for name, text in texts.items()}
+    reference: dict[str, np.ndarray] = {}
+    result: dict[str, dict[str, float]] = {}
+    for precision in sorted(manifest.graph.precisions, key=lambda name: name != "fp32"):
+        runtime = Runtime.open(folder, precision, verify=False)
+        kl, nats = [], []
+        for name, tokens in short.items():
+            found = _log_softmax(runtime.logits(tokens, None if manifest.merged else name)[:-1])
+            exact = reference.setdefault(name, found)
+            kl.append((np.exp(exact) * (exact - found)).sum(1))
+            nats.append(-found[np.arange(len(found)), tokens[1:]])
+        if short:
+            mean = float(np.concatenate(nats).mean())
+            result[precision] = {
+                "kl": float(np.concatenate(kl).mean()),
+                "perplexity": math.exp(min(mean, 700)),
+            }
+    return result
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
