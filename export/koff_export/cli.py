@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="print the perplexity of FILE: .jsonl of {tokens: […]} or {text: …}, or plain text",
     )
+    parser.add_argument(
+        "--batch",
+        metavar="FILE",
+        help='answer a .jsonl of {"prompt": …, "memory": …} together; prints each line with its "answer"',
+    )
     parser.add_argument("--json", action="store_true", help="with --score: print one JSON object")
     parser.add_argument("--precision", default="fp32", help="fp32 (default), int8, int4: what the bundle has")
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: all cores)")
@@ -123,6 +128,36 @@ def _score(runtime: Runtime, args: argparse.Namespace) -> None:
     else:
         memory = args.memory or "none"
         print(f"perplexity {perplexity:.4f} over {tokens} tokens in {len(windows)} windows, memory {memory}")
+
+
+def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
+    import json
+
+    rows: list[dict[str, Any]] = []
+    try:
+        with open(args.batch, encoding="utf-8") as file:
+            lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
+    except (OSError, ValueError) as error:
+        raise KoffError(f"cannot read {args.batch}: {error}") from error
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise KoffError(f"{args.batch}, line {number}: not valid JSON ({error})") from error
+        memory = row.get("memory", args.memory) if isinstance(row, dict) else 0
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("prompt"), str)
+            or not (memory is None or isinstance(memory, str))
+        ):
+            raise KoffError(f'{args.batch}, line {number}: is not {{"prompt": "…", "memory": "…"}}')
+        rows.append({**row, "memory": None if memory == BARE else memory})
+    answers = runtime.generate_batch(
+        [row["prompt"] for row in rows], [row["memory"] for row in rows], args.max_new_tokens,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop,
+    )  # fmt: skip
+    for row, answer in zip(rows, answers, strict=True):
+        print(json.dumps({**row, "answer": answer}, ensure_ascii=False))
 
 
 class _Session:
@@ -198,20 +233,20 @@ class _Session:
 
 def _run(args: argparse.Namespace) -> None:
     refuse_two_wheels()
-    if args.score and (args.prompt is not None or args.chat):
-        raise KoffError("--score stands alone: leave out --prompt and --chat")
+    if sum([bool(args.score), bool(args.batch), args.prompt is not None or args.chat]) > 1:
+        raise KoffError("--score, --batch and --prompt or --chat each stand alone: leave out the others")
     if args.threads is not None and args.threads < 1:
         raise KoffError(f"--threads {args.threads} is not possible: give 1 or more")
     from koff_export.runtime import Runtime
 
     runtime = Runtime.open(args.bundle, args.precision, verify=not args.no_verify, threads=args.threads)
     args.memory = None if args.memory == BARE else args.memory
-    if args.score and args.memory == AUTO:
-        raise KoffError("--memory auto picks by a prompt: name a memory to score with")
+    if (args.score or args.batch) and args.memory == AUTO:
+        raise KoffError("--memory auto picks by one prompt: name a memory")
     if args.memory not in (None, AUTO):
         runtime.memory(args.memory)
-    if args.score:
-        _score(runtime, args)
+    if args.score or args.batch:
+        (_score if args.score else _batch)(runtime, args)
         return
     session = _Session(runtime, args)
     if args.prompt is not None:

@@ -16,7 +16,7 @@ from koff_export.bundle import Manifest, check_file, open_manifest
 from koff_export.errors import KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx, is_slot
-from koff_export.sampling import pick
+from koff_export.sampling import check_sampling, pick
 
 if TYPE_CHECKING:
     from koff_export.text import ChatTemplate
@@ -250,7 +250,8 @@ class Runtime:
 
         return ChatTemplate.open(self._file("chat_template.jinja"), self._file("tokenizer_config.json"))
 
-    def _check_tokens(self, tokens: Sequence[int], memory: str | None, extra: int = 0) -> None:
+    def check_tokens(self, tokens: Sequence[int], memory: str | None, extra: int = 0) -> None:
+        """Refuses tokens that cannot be read with `memory`, and `extra` more behind them."""
         graph = self.manifest.graph
         assert graph is not None
         if not tokens:
@@ -294,9 +295,8 @@ class Runtime:
         Raises:
             KoffError: an unknown memory, no tokens, or tokens that do not fit.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 0:
-            raise KoffError("temperature, top_k and max_new_tokens must be at least 0, and top_p in (0, 1]")
-        self._check_tokens(ids, memory)
+        check_sampling(temperature, top_k, top_p, max_new_tokens)
+        self.check_tokens(ids, memory)
         return self._generate(
             ids, memory, max_new_tokens, temperature, top_k, top_p, np.random.default_rng(seed)
         )
@@ -312,11 +312,8 @@ class Runtime:
         random: np.random.Generator,
     ) -> Iterator[int]:
         text = _Text(self, memory)
-        if self.manifest.context is not None:
-            kv = self._kv_tokens.get(memory or "", 0)
-            max_new_tokens = min(max_new_tokens, self.manifest.context - kv - len(ids))
         pending = list(ids)
-        for _ in range(max_new_tokens):
+        for _ in range(self.room(ids, memory, max_new_tokens)):
             for at in range(0, len(pending), _CHUNK):
                 logits = text.read(pending[at : at + _CHUNK])
             token = pick(logits[-1], temperature, top_k, top_p, random)
@@ -324,6 +321,24 @@ class Runtime:
                 return
             yield token
             pending = [token]
+
+    def room(self, ids: Sequence[int], memory: str | None, wanted: int) -> int:
+        """How many of the `wanted` tokens fit behind `ids`."""
+        if self.manifest.context is None:
+            return wanted
+        return min(wanted, self.manifest.context - self._kv_tokens.get(memory or "", 0) - len(ids))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        memories: Sequence[str | None],
+        max_new_tokens: int = 128,
+        **options: Any,
+    ) -> list[str]:
+        """The answers to many prompts, each with a memory of its own; see `koff_export.batch`."""
+        from koff_export.batch import generate_batch
+
+        return generate_batch(self, prompts, memories, max_new_tokens, **options)
 
     def generate(
         self,
@@ -363,7 +378,7 @@ class Runtime:
         """
         total, count = 0.0, 0
         for window in windows:
-            self._check_tokens(window, memory)
+            self.check_tokens(window, memory)
             text = _Text(self, memory)
             for at in range(0, len(window) - 1, _CHUNK):
                 given = window[at : min(at + _CHUNK, len(window) - 1)]
@@ -377,7 +392,7 @@ class Runtime:
 
     def logits(self, tokens: Sequence[int], memory: str | None = None) -> np.ndarray:
         """Logits after every one of `tokens`, float32 [len(tokens), vocabulary]."""
-        self._check_tokens(tokens, memory)
+        self.check_tokens(tokens, memory)
         return _Text(self, memory).read(tokens)
 
     def windows(self, text: str) -> list[list[int]]:

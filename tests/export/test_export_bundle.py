@@ -201,6 +201,22 @@ def test_koff_run_answers_and_switches_memories(exported: Exported) -> None:
     assert koff_run(folder, "--chat", "--prompt", "hi", *few).returncode == 0
 
 
+def test_koff_run_answers_a_file(exported: Exported, tmp_path: Path) -> None:
+    folder, few = str(exported.folder), ("--max-new-tokens", "6", "--threads", "1")
+    rows = [
+        {"prompt": "hi", "memory": "law", "id": 7},
+        {"prompt": "there you are"},
+        {"prompt": "hi", "memory": "none"},
+    ]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = koff_run(folder, "--memory", "music", "--batch", str(tmp_path / "b.jsonl"), *few)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    runtime = Runtime.open(folder)
+    wanted = [("hi", "law"), ("there you are", "music"), ("hi", None)]
+    assert [(r["prompt"], r["memory"]) for r in told] == wanted and told[0]["id"] == 7
+    assert [r["answer"] for r in told] == ["".join(runtime.generate(p, m, 6)) for p, m in wanted]
+
+
 def test_koff_run_scores(exported: Exported, tmp_path: Path) -> None:
     import math
 
@@ -225,6 +241,8 @@ def test_koff_run_tells_mistakes_in_one_line(exported: Exported, tmp_path: Path)
         ((folder, "--score", str(tmp_path / "bad.jsonl")), "line 2"),
         ((folder, "--score", str(tmp_path / "absent")), "cannot read"),
         ((folder, "--prompt", "x", "--top-p", "7"), "top_p"),
+        ((folder, "--batch", str(tmp_path / "bad.jsonl")), "line 1"),
+        ((folder, "--prompt", "x", "--batch", str(tmp_path / "bad.jsonl")), "leave out the others"),
     ):
         done = koff_run(*args)
         assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -68,6 +68,21 @@ def test_greedy_tokens_equal_torch_while_memories_change(runtime: Runtime, expor
     assert len(set(answers)) > 2
 
 
+def test_a_batch_answers_as_one_by_one(runtime: Runtime) -> None:
+    prompts = ["ab", "the law", "c", "music of the law", "math"]
+    memories = ["law", None, "law", "music", None]
+    alone = ["".join(runtime.generate(p, m, 9)) for p, m in zip(prompts, memories, strict=True)]
+    assert len(set(alone)) > 2
+    assert runtime.generate_batch(prompts, memories, 9) == alone
+    assert runtime.generate_batch(prompts, memories, 9, rows=1) == alone
+    drawn = runtime.generate_batch(prompts, memories, 9, temperature=2.0, seed=3)
+    assert drawn == runtime.generate_batch(prompts, memories, 9, temperature=2.0, seed=3, rows=2) != alone
+    with pytest.raises(KoffError, match="one memory"):
+        runtime.generate_batch(prompts, ["law"])
+    with pytest.raises(KoffError, match="no memory 'art'"):
+        runtime.generate_batch(["a"], ["art"])
+
+
 def test_swapping_keeps_the_session_and_eviction_is_harmless(runtime: Runtime) -> None:
     session = runtime._session
     before = list(runtime.generate_tokens([BOS, 5], "law", 4))

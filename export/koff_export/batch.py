@@ -1,0 +1,131 @@
+"""Many prompts at once, each with a memory of its own: one call of the graph serves all that share one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+
+from koff_export.errors import KoffError
+from koff_export.sampling import check_sampling, pick
+from koff_export.text import stream_text, until_stop
+
+if TYPE_CHECKING:
+    from koff_export.runtime import Runtime
+
+
+class _Rows:
+    """Texts of one memory on their way through the graph, padded on the left to one length."""
+
+    def __init__(self, runtime: Runtime, memory: str | None, prompts: Sequence[Sequence[int]]) -> None:
+        self.runtime, self.options = runtime, runtime.run_options(memory)
+        longest = max(map(len, prompts))
+        # padding is token 0 at position 0, and the mask hides it from all that follows
+        self.pending = np.array([[0] * (longest - len(p)) + list(p) for p in prompts], np.int64)
+        self.mask = np.array([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], np.int64)
+        self.past = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.repeat(value.numpy(), len(prompts), 0))
+            for name, value in runtime.empty_cache.items()
+        }
+
+    def read(self) -> np.ndarray:
+        """Reads what is pending; the logits after its last token, float32 [rows, vocabulary]."""
+        count = self.pending.shape[1]
+        feeds = {
+            "input_ids": self.pending,
+            "attention_mask": self.mask,
+            "position_ids": np.maximum(self.mask.cumsum(1) - 1, 0)[:, -count:],
+        }
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()
+        }
+        logits, *present = self.runtime.run({**values, **self.past}, self.options)
+        self.past = dict(zip(self.past, present, strict=True))
+        return logits.numpy()[:, -1].astype(np.float32, copy=False)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """The next token of every row."""
+        self.pending = np.array(tokens, np.int64)[:, None]
+        self.mask = np.concatenate([self.mask, np.ones_like(self.pending)], 1)
+
+
+def generate_batch(
+    runtime: Runtime,
+    prompts: Sequence[str],
+    memories: Sequence[str | None],
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    rows: int = 8,
+) -> list[str]:
+    """The answers to many prompts, each with a memory of its own.
+
+    Args:
+        runtime: An open bundle.
+        prompts: Texts.
+        memories: Of every prompt; None for the bare backbone.
+        max_new_tokens: Upper bound of every answer.
+        temperature: As `Runtime.generate`, and so the next three.
+        top_k: Draw among this many likeliest.
+        top_p: Draw among the likeliest up to this probability.
+        seed: Makes draws repeatable; every prompt draws for itself.
+        stop: An answer ends before the first of these.
+        rows: Prompts in one call of the graph. More are faster and take more memory.
+
+    Raises:
+        KoffError: as `Runtime.generate`, or the lists differ in length.
+    """
+    check_sampling(temperature, top_k, top_p, max_new_tokens)
+    if len(prompts) != len(memories) or rows < 1:
+        raise KoffError("a batch needs one memory (or None) for every prompt, and rows of at least 1")
+    ids = [runtime.encode(prompt) for prompt in prompts]
+    for tokens, memory in zip(ids, memories, strict=True):
+        runtime.check_tokens(tokens, memory)
+    answers = [""] * len(prompts)
+    for memory in dict.fromkeys(memories):
+        # texts of like length go together, for padding is computed too
+        mine = sorted((i for i, m in enumerate(memories) if m == memory), key=lambda i: len(ids[i]))
+        for some in (mine[at : at + rows] for at in range(0, len(mine), rows)):
+            limits = [runtime.room(ids[i], memory, max_new_tokens) for i in some]
+            randoms = [np.random.default_rng(None if seed is None else [seed, i]) for i in some]
+            texts = [ids[i] for i in some]
+            found = _generate_rows(runtime, texts, memory, limits, temperature, top_k, top_p, randoms)
+            for i, tokens in zip(some, found, strict=True):
+                pieces = stream_text(runtime.tokenizer, ids[i], iter(tokens))
+                answers[i] = "".join(until_stop(pieces, stop))
+    return answers
+
+
+def _generate_rows(
+    runtime: Runtime,
+    prompts: Sequence[Sequence[int]],
+    memory: str | None,
+    max_new_tokens: Sequence[int],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    randoms: Sequence[np.random.Generator],
+) -> list[list[int]]:
+    """New tokens after each of `prompts` under one memory, to the manifest's `eos` (left out)."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = [limit > 0 for limit in max_new_tokens]
+    rows = _Rows(runtime, memory, prompts) if any(going) else None
+    while rows is not None and any(going):
+        logits, tokens = rows.read(), [0] * len(prompts)
+        for i, answer in enumerate(answers):
+            if not going[i]:
+                continue
+            tokens[i] = pick(logits[i], temperature, top_k, top_p, randoms[i])
+            if tokens[i] in runtime.manifest.eos:
+                going[i] = False
+            else:
+                answer.append(tokens[i])
+                going[i] = len(answer) < max_new_tokens[i]
+        rows.append(tokens)
+    return answers
