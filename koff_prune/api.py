@@ -12,10 +12,12 @@ from koff_export.errors import KoffError
 from koff_prune.analyze import analyze as analyze
 from koff_prune.bundling import write_bundle
 from koff_prune.compare import compare as _compare
+from koff_prune.needs import dry_plan
+from koff_prune.plan import even_plan
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 from koff_prune.run import Run, finished_run
-from koff_prune.stages import cut_arm, dry_plan, even_plan, learn_arm, main_arm, plan_arm
+from koff_prune.stages import cut_arm, learn_arm, main_arm, plan_arm
 from koff_prune.sweep import sweep as _sweep
 
 
@@ -64,7 +66,7 @@ def cut(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: b
 
 def _prepare(run: Run) -> None:
     # the cheap mistakes first: too short a text or a target out of reach is told before anything is trained
-    even_plan(run.units, run.recipe)
+    even_plan(run.units, run.recipe.structure)
     if "gguf" in run.recipe.export.formats:
         from koff_export.gguf import architecture
 

@@ -90,14 +90,22 @@ def plan(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print units, widths and needs; fetch nothing.")
     ] = False,
+    devices: Annotated[
+        int | None, typer.Option("--devices", min=1, help="With --dry-run: what each of N would hold.")
+    ] = None,
+    tflops: Annotated[
+        float, typer.Option("--tflops", min=0.001, help="With --devices: what one sustains.")
+    ] = 100.0,
 ) -> None:
     """Choose what stays: plan.json."""
     if dry_run:
         from koff_prune.dry_run import describe
         from koff_prune.reading import load_recipe
 
-        describe(load_recipe(recipe, set_, check_files=False))
+        describe(load_recipe(recipe, set_, check_files=False), devices, tflops)
         return
+    if devices is not None:
+        raise KoffError("--devices: tells the needs of a --dry-run; give both")
     made = _stage("plan", recipe, out, resume, set_, threads)
     print(f"{made.realised:.4f} of {made.of} removed, plan {made.digest}")
 

@@ -289,3 +289,18 @@ def _fill_global(kept: Kept, scores: Scores, units: Units, structure: Structure,
         stays = torch.ones(units.layers[i].ffn_neurons, dtype=torch.bool)
         stays[gone] = False
         stay["ffn_neurons"] = stays.nonzero()[:, 0].tolist()
+
+
+def even_plan(units: Units, structure: Structure) -> Plan:
+    """A plan that takes evenly from all layers: its widths, and whether the target can be met at all.
+
+    Raises:
+        KoffError: Nothing reachable lies within 0.002 of the target.
+    """
+    flat: Scores = {
+        kind: [torch.arange(layer.count(kind)).float() / layer.count(kind) for layer in units.layers]
+        for kind in KINDS
+    }
+    identity = {"source": "", "revision": None, "config_sha256": ""}
+    ranking = "per_layer" if structure.widths == "uniform" else "global"
+    return make_plan(flat, units, structure, model=identity, method="even", ranking=ranking)

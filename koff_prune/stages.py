@@ -23,11 +23,10 @@ from koff_prune.learn import Phase, steps_of, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
-from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind, Recipe
+from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind
 from koff_prune.recipe import Gates as GatesSection
 from koff_prune.run import load_tensors, save_tensors
 from koff_prune.scores import removal_costs, score_units
-from koff_prune.units import KINDS, Units
 
 if TYPE_CHECKING:
     from koff_prune.run import Run
@@ -334,30 +333,3 @@ def losses_of(
         write_json(path, result)
     found: dict[str, list[float]] = read_json(path)
     return found
-
-
-def even_plan(units: Units, recipe: Recipe) -> Plan:
-    """A plan that takes evenly from all layers: its widths, and whether the target can be met at all.
-
-    Raises:
-        KoffError: Nothing reachable lies within 0.002 of the target.
-    """
-    flat: Scores = {
-        kind: [torch.arange(layer.count(kind)).float() / layer.count(kind) for layer in units.layers]
-        for kind in KINDS
-    }
-    identity = {"source": "", "revision": None, "config_sha256": ""}
-    ranking = "per_layer" if recipe.structure.widths == "uniform" else "global"
-    return make_plan(flat, units, recipe.structure, model=identity, method="even", ranking=ranking)
-
-
-def dry_plan(recipe: Any) -> dict[str, Any]:
-    """Units, widths and needs, from the model's config alone."""
-    from koff_prune.models import check_architecture, open_config
-    from koff_prune.units import units_of_config
-
-    config = open_config(recipe.model)
-    check_architecture(config)
-    units = units_of_config(config)
-    plan = even_plan(units, recipe)
-    return {"units": units, "plan": plan, "config": config}

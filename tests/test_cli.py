@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -277,13 +278,35 @@ def test_dry_run_needs_a_config_alone(
     mistake(answer, "nearest")
 
 
+@pytest.mark.parametrize("family", ["llama-3.2-3b", "qwen2.5-7b", "llama-3.1-8b", "qwen3-8b"])
+def test_dry_run_tells_what_devices_hold(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(__file__).parents[1] / "recipes" / family / "languages.yaml"
+    sizes = {}
+    for devices in (1, 4):
+        answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", devices, "--tflops", 50)
+        assert answer.code == 0, answer.err
+        told = re.findall(r"(data parallel|sharded \(FSDP\)): ([\d.]+) GiB on each", answer.out)
+        sizes[devices] = {name: float(size) for name, size in told}
+        assert "50 TFLOP/s on each" in answer.out and "unproven" in answer.out
+    parameters = re.search(r"dense model +([\d,]+) parameters", answer.out)
+    assert parameters is not None
+    weights = int(parameters[1].replace(",", "")) * 2 / 2**30  # bfloat16
+    assert list(sizes[1]) == ["data parallel"] and sizes[1]["data parallel"] > weights
+    assert sizes[4]["data parallel"] == sizes[1]["data parallel"]
+    saved = sizes[4]["data parallel"] - sizes[4]["sharded (FSDP)"]
+    assert saved == pytest.approx(weights * 3 / 4, abs=0.11)
+
+
+def test_devices_belong_to_a_dry_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mistake(koff_prune(capsys, "plan", place / "recipe.yaml", "--devices", 2), "--dry-run")
+
+
 def test_dry_run_counts_one_memory_rightly(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from model_helpers import tiny_config, tiny_model
 
-    from koff_prune.dry_run import memory_parameters
     from koff_prune.memory import Memories
+    from koff_prune.needs import dry_plan, memory_parameters
     from koff_prune.reading import load_recipe
-    from koff_prune.stages import dry_plan
 
     recipe = load_recipe(place / "recipe.yaml")
     found = dry_plan(recipe)
