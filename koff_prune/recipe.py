@@ -218,7 +218,7 @@ class Gates(Section):
 class Rates(Section):
     """Adam learning rates."""
 
-    lora: Float = Field(default=5e-4, gt=0)
+    lora: Float = Field(default=2e-3, gt=0)
     kv: Float = Field(default=5e-3, gt=0)
 
 

@@ -129,7 +129,7 @@ def test_a_memory_learns_as_the_bundles_first_ones_did(
     assert koff_prune(capsys, *sea, "--set", "learn.rates.kv=0.5").code == 0
     told = json.loads(koff_prune(capsys, "memory", "inspect", bundle, "sea").out)["trained"]
     assert (told["tokens"], told["window"], told["batch"]) == (64, 16, 2)
-    assert told["rates"] == {"lora": 0.0005, "kv": 0.5}
+    assert told["rates"] == {"lora": 0.002, "kv": 0.5}
     data = json.loads((bundle / "koff.json").read_text())
     data["learn"]["rates"]["lora"] = 0.25  # as a run with this rate would have left it
     (bundle / "koff.json").write_text(json.dumps(data))
