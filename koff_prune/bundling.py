@@ -14,6 +14,7 @@ import koff_prune
 from koff_export.bundle import check_files, open_manifest, write_manifest
 from koff_export.errors import KoffError
 from koff_export.files import read_json, staged_dir
+from koff_export.genai import write_genai_config
 from koff_prune.attach import attach, attach_memory
 from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
@@ -85,6 +86,8 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
         }
         if "onnx" in recipe.export.formats:
             manifest["graph"] = write_onnx(aside, domains if merge is None else [], recipe.export, merge)
+            if not write_genai_config(aside, manifest):
+                say("no genai_config.json: onnxruntime-genai wants equally many KV heads in every layer")
         if "gguf" in recipe.export.formats:
             manifest["gguf"] = write_gguf(aside, told, recipe.export)
         (aside / "README.md").write_text(_card(run, plan, told), encoding="utf-8")

@@ -1,0 +1,69 @@
+"""`genai_config.json`: with it onnxruntime-genai opens a bundle's graph, and its Adapters the memories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from koff_export.files import read_json, write_json
+
+CONFIG = "genai_config.json"
+# The precision that genai opens: the smallest that loses little, where the bundle has it.
+_PREFERRED = ("int8", "fp32", "int4")
+
+
+def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Writes `genai_config.json` into a bundle with an ONNX graph.
+
+    Args:
+        folder: The bundle, with the backbone's config.json.
+        manifest: Of the bundle: `graph`, `bos`, `eos`, `context`.
+
+    Returns:
+        Whether it was written: genai holds one cache shape for all layers, so KV heads must be even.
+    """
+    graph = manifest["graph"]
+    if len(set(graph["kv_heads"])) > 1:
+        return False
+    config = read_json(folder / "config.json")
+    precision = next(name for name in _PREFERRED if name in graph["precisions"])
+    eos = manifest["eos"] or [0]
+    pad = config.get("pad_token_id")
+    told = {
+        "model": {
+            "type": config["model_type"],
+            "bos_token_id": manifest["bos"] if manifest["bos"] is not None else eos[0],
+            "eos_token_id": eos,
+            "pad_token_id": pad if pad is not None else eos[0],
+            "vocab_size": graph["vocab_size"],
+            "context_length": manifest["context"],
+            "decoder": {
+                "session_options": {"log_severity_level": 4, "provider_options": []},
+                "filename": graph["precisions"][precision],
+                "head_size": graph["head_dim"],
+                "hidden_size": config["hidden_size"],
+                "num_attention_heads": config["num_attention_heads"],
+                "num_key_value_heads": graph["kv_heads"][0],
+                "num_hidden_layers": graph["layers"],
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False, "max_length": manifest["context"], "min_length": 0, "num_beams": 1,
+            "num_return_sequences": 1, "past_present_share_buffer": False, "repetition_penalty": 1.0,
+            "temperature": 1.0, "top_k": 1, "top_p": 1.0,
+        },
+    }  # fmt: skip
+    write_json(folder / CONFIG, told)
+    return True

@@ -1,0 +1,56 @@
+"""Bundles opened by onnxruntime-genai, through the example that shows how."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from model_helpers import tiny_config
+from run_helpers import recipe_of
+
+from koff_export.genai import write_genai_config
+from koff_export.runtime import Runtime
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "run_in_genai.py"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import koff_prune as package
+
+    folder = tmp_path_factory.mktemp("place")
+    recipe = recipe_of(
+        folder,
+        tiny_config("qwen3", num_hidden_layers=2, intermediate_size=128),
+        learn={"rates": {"lora": 0.05, "kv": 0.2}},  # so that memories say something
+        export={"formats": ["safetensors", "onnx"]},
+    )
+    package.export(recipe, folder / "run")
+    return folder
+
+
+@pytest.mark.parametrize("memory", ["none", "law", "code"])
+def test_genai_answers_as_koff_run(place: Path, memory: str) -> None:
+    bundle = place / "run" / "bundle"
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, bundle, memory, "the court"], capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = [int(token) for token in done.stdout.splitlines()[0].split()]
+    runtime = Runtime.open(bundle)
+    ids = runtime.encode("the court")
+    ours = list(runtime.generate_tokens(ids, None if memory == "none" else memory, 24))
+    assert ours and answer[: len(ours)] == ours and len(answer) - len(ours) in (0, 1)  # genai keeps the eos
+
+
+def test_layers_of_unlike_heads_get_no_config(tmp_path: Path) -> None:
+    manifest = {
+        "graph": {"kv_heads": [2, 1], "precisions": {"fp32": "onnx/model.onnx"}},
+        "eos": [1],
+        "bos": None,
+    }
+    assert not write_genai_config(tmp_path, manifest)
+    assert not list(tmp_path.iterdir())
