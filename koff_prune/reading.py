@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from koff_export.errors import KoffError
-from koff_prune.recipe import Recipe
+from koff_prune.recipe import SEED, Recipe
 
 Loc = tuple[int | str, ...]
 
@@ -334,7 +334,7 @@ def _resolve(recipe: Recipe, folder: Path) -> tuple[Recipe, list[tuple[Loc, str]
 
     def local(holder: dict[str, Any], key: str, loc: Loc) -> None:
         found = (folder / Path(holder[key]).expanduser()).resolve()
-        if not found.exists():
+        if not found.exists() and SEED not in holder[key]:  # a sweep looks for its seeds' models itself
             missing.append(
                 (loc, f"`{_dotted(loc)}` is '{holder[key]}': there is no such file or folder ({found})")
             )

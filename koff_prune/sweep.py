@@ -18,7 +18,7 @@ from koff_export.errors import KoffError
 from koff_export.files import read_json, recover, staged_dir, write_json
 from koff_prune.lock import alone
 from koff_prune.progress import say
-from koff_prune.recipe import Recipe
+from koff_prune.recipe import SEED, Recipe
 from koff_prune.verdict import Row
 
 ROWS = "rows.json"  # of a finished sub-run: its rows, with the losses of every window
@@ -50,6 +50,13 @@ class Point:
         """The recipe of this point: the base's split between joint phase and settling is kept."""
         data = base.model_dump(mode="json")
         data["seed"] = self.seed
+        source = data["model"]["source"]
+        if isinstance(source, str) and SEED in source:  # a dense model of each seed's own
+            data["model"]["source"] = source.replace(SEED, str(self.seed))
+            if not Path(data["model"]["source"]).exists():
+                raise KoffError(
+                    f"model.source '{source}': there is no {data['model']['source']}; make it first"
+                )
         data["structure"]["sparsity"] = self.sparsity
         if self.tokens is not None:
             learn = data["learn"]

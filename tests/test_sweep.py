@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from model_helpers import tiny_config
 from run_helpers import koff_prune, recipe_of
+from text_helpers import save_tiny_model
 
+from koff_export.files import read_json
 from koff_prune.sweep import Point, points
 from koff_prune.sweep_report import markdown, summarise
 
@@ -129,6 +133,27 @@ def test_a_sweep_shares_resumes_and_grows(tmp_path: Path, capsys: pytest.Capture
     assert grown.code == 0, grown.err
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     assert [p["sparsity"] for p in json.loads((out / "sweep.json").read_text())["points"]] == [0.1, 0.2, 0.05]
+
+
+def test_each_seed_may_have_a_dense_model_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(
+        tmp_path, learn={"tokens": 0, "settle_tokens": 0}, memory={"lora": "none", "kv": "none"}
+    )
+    text = recipe.read_text().replace("source: model\n", "source: ./model-{seed}\n")
+    assert "{seed}" in text
+    recipe.write_text(text)
+    shutil.move(tmp_path / "model", tmp_path / "model-0")
+    save_tiny_model(tmp_path / "model-1", tiny_config(num_hidden_layers=2, intermediate_size=64))
+    options = ("compare", recipe, "--out", tmp_path / "out")
+    answer = koff_prune(capsys, *options, "--seed", "0,1")
+    assert answer.code == 0, answer.err
+    dense = [read_json(tmp_path / "out" / f"seed-{s}" / "sparsity-0.1" / "plan.json")["parameters"]["dense"]
+             for s in (0, 1)]  # fmt: skip
+    assert dense[0] != dense[1]
+    answer = koff_prune(capsys, *options, "--seed", "0,1,2", "--resume")
+    assert answer.code == 2 and "model-2; make it first" in answer.err
 
 
 @pytest.mark.parametrize(
