@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from koff_export.errors import KoffError
+from koff_prune import ranks
 from koff_prune.analyze import analyze as analyze
 from koff_prune.bundling import write_bundle
 from koff_prune.compare import compare as _compare
@@ -100,7 +101,8 @@ def export(
             known = ", ".join(run.recipe.domains)
             raise KoffError(f"--merge {merge}: the recipe has no such domain; it has {known}")
         _cut(run)
-        return write_bundle(run, merge)
+        with ranks.turn():
+            return write_bundle(run, merge)
 
 
 def compare(
@@ -143,7 +145,8 @@ def apply(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume:
     with _open(recipe, out, resume) as run:
         _cut(run)
         _compare(run)
-        write_bundle(run)
+        with ranks.turn():
+            write_bundle(run)
         return run.folder
 
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -48,12 +48,15 @@ def _stage(
 
     checked = load_recipe(recipe, overrides)  # the recipe's mistakes are told before torch is imported
     _quiet()
-    from koff_prune import api
+    from koff_prune import api, ranks
 
+    ranks.join()
     api.set_threads(threads)
     try:
         return getattr(api, name)(checked, out or Path("runs") / recipe.stem, resume=resume, **options)
     except KeyboardInterrupt:
+        if ranks.rank():
+            raise typer.Exit(130) from None
         print("interrupted: run the same command with --resume to continue", file=sys.stderr)
         raise typer.Exit(130) from None
     except RuntimeError as error:  # torch's allocator on the CPU, and torch.OutOfMemoryError on a GPU
@@ -249,19 +252,27 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except KoffError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        _fail(*str(error).splitlines())
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         what = (error.strerror or str(error)).lower()
-        print(f"error: {where}{what}; nothing was lost, mend it and use --resume", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{where}{what}; nothing was lost, mend it and use --resume")
     except MemoryError:
-        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
-        sys.exit(2)
+        _fail(OUT_OF_MEMORY)
+    finally:
+        if (ranks := sys.modules.get("koff_prune.ranks")) is not None:
+            ranks.leave()
+
+
+def _fail(*lines: str) -> NoReturn:
+    """Ends with exit code 2; of several processes, those that did not see it happen leave the telling."""
+    ranks = sys.modules.get("koff_prune.ranks")  # a recipe's mistake is told before torch is imported
+    if ranks.speaks() if ranks is not None else os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _interrupt(*_: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from koff_export.files import read_json
+from koff_prune import ranks
 from koff_prune.evaluate import perplexities
 from koff_prune.learn import steps_of
 from koff_prune.memory import kind_of, load_memory
@@ -51,7 +52,9 @@ def compare(run: Run) -> list[dict[str, Any]]:
         if arm.method == "koff":
             learn_arm(run, arm, place)
         rows.append(_row(run, arm, place, attached=attached))
-    _write(run, rows)
+    with ranks.turn():
+        if not ranks.rank():
+            _write(run, rows)
     return rows
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from koff_prune import ranks
 from koff_prune.plan import Kept, Scores, choose
 from koff_prune.recipe import Structure
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers
@@ -96,6 +97,7 @@ class Gates(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("target", torch.zeros(()))
         self._drawn: tuple[Any, torch.Tensor] | None = None
+        self._squared: torch.Tensor  # `squares` before the step, the same in every process
         self.prior_tokens, self.scored_tokens = prior_tokens, scored_tokens
         self.register_buffer("prior", self.alpha.detach().clone())
         self.register_buffer("chosen", self.alpha.detach().clone())  # alpha that the step's mask comes from
@@ -103,6 +105,7 @@ class Gates(nn.Module):
         self.register_buffer(
             "squares", torch.zeros_like(self.cost)
         )  # of the gradients' parts by token, summed
+        self._squared = self.squares.clone()
         self.register_buffer(
             "weights", torch.zeros(3, dtype=torch.float64)
         )  # sums of weight, weight^2, tokens
@@ -163,6 +166,17 @@ class Gates(nn.Module):
         """The reverse of `state`, in place."""
         for name, tensor in state.items():
             getattr(self, name).copy_(tensor)
+        self._squared = self.squares.clone()
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Brings together what several processes found in the step, before `observe`."""
+        if ranks.world() > 1 and self.prior_tokens is not None and self._drawn is not None:
+            # per token the loss of a share of the batch weighs more, as often as there are shares
+            added = (self.squares - self._squared) / ranks.world()
+            ranks.share_mean([t for t in (self._drawn[1].grad, added) if t is not None])
+            self.squares.copy_(self._squared + added)
+            self._squared = self.squares.clone()
 
     @torch.no_grad()
     def observe(self, tokens: int) -> None:

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors
+from koff_prune import ranks
 from koff_prune.compensate import Compensation, PredictionHooks
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.interrupt import Interruption
@@ -176,7 +177,9 @@ class _StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.learner.gates is not None:
+            self.learner.gates.share()
             self.learner.gates.observe(self.step_tokens)
+        self.interruption.asked = ranks.any_of(self.interruption.asked)
         if self.interruption.asked:
             control.should_save = control.should_training_stop = True
 
@@ -215,6 +218,13 @@ class LearnTrainer(Trainer):
             loss = loss + gates.penalty()
         return (loss, None) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch; the last of a step shares its gradients."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            ranks.share_mean(p.grad for p in self.learner.parameters() if p.grad is not None)
+        return loss
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW with a group for each kind of parameter; the multipliers ascend."""
         learner, rates = self.learner, self.learn_section.rates
@@ -247,6 +257,8 @@ class LearnTrainer(Trainer):
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if ranks.rank():
+            return
         folder = Path(self.args.output_dir)  # type: ignore[arg-type]
         name = f"checkpoint-{self.state.global_step}"
         with disk_errors(folder):
@@ -316,12 +328,17 @@ def train(
         Tokens trained on.
 
     Raises:
-        KoffError: The loss is no longer finite, or the disk is full.
+        KoffError: The loss is no longer finite, the disk is full, or the batch does not divide over the
+            processes.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and saved first.
     """
     steps = steps_of(phase.tokens, learn, len(windows))
     if steps == 0:
         return 0
+    if learn.batch % ranks.world():
+        raise KoffError(
+            f"learn.batch: {learn.batch} windows do not divide over {ranks.world()} processes; set a multiple"
+        )
     hooks = GateHooks(memories.model, gates.units) if gates is not None else None
     step_tokens = learn.window * learn.batch * len(windows)
     interruption = Interruption()
@@ -331,7 +348,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=learn.batch,
+        per_device_train_batch_size=learn.batch // ranks.world(),
         gradient_accumulation_steps=len(windows),
         use_cpu=True,  # a GPU is unproven: models, gates and windows are kept on the CPU
         seed=seed,
@@ -354,16 +371,17 @@ def train(
         learn,
         phase,
         args=arguments,
-        train_dataset=DomainWindows(windows, steps, learn.batch, seed),
+        train_dataset=DomainWindows(windows, steps, learn.batch, seed, (ranks.rank(), ranks.world())),
         data_collator=_stack,
         callbacks=[_StepCallback(learner, sparsity, ramp, step_tokens, interruption, report)],
     )
     _quiet(trainer)
     memories.activate(None)
     learner.train()
-    done = whole_checkpoints(folder)
+    with ranks.turn():
+        done = whole_checkpoints(folder)
     try:
-        with interruption:
+        with interruption, ranks.training():
             trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
         if interruption.asked and trainer.state.global_step < steps:
             raise KeyboardInterrupt  # what is done is saved

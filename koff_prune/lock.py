@@ -9,15 +9,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from koff_export.errors import KoffError
+from koff_prune import ranks
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds `folder`/.lock.
+    """Holds `folder`/.lock; of several processes of one run, the first does for all.
 
     Raises:
         KoffError: Another process holds it.
     """
+    if ranks.rank():
+        yield
+        return
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, read_json, recover, write_json
+from koff_prune import ranks
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Recipe
 
@@ -91,23 +92,28 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path, *, resume: bool) -> None:
         self.recipe, self.folder, self.digest = recipe, Path(folder), recipe.digest()
+        self._lock = FileLock(self.folder / ".lock")
+        with ranks.turn():
+            if not ranks.rank():
+                self._take()
+            try:
+                self._enter(resume or ranks.rank() > 0)
+            except BaseException:
+                self.close()
+                raise
+
+    def _take(self) -> None:
         with disk_errors(self.folder):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, FileNotFoundError) as error:
                 raise KoffError(f"{self.folder}: cannot be made a folder; choose another --out") from error
-            self._lock = FileLock(self.folder / ".lock")
             try:
                 self._lock.acquire(timeout=0)
             except Timeout as error:
                 raise KoffError(
                     f"{self.folder}: another koff-prune is at work there; wait or use --out"
                 ) from error
-        try:
-            self._enter(resume)
-        except BaseException:
-            self.close()
-            raise
 
     def _enter(self, resume: bool) -> None:
         from koff_prune.models import native_dtype
@@ -197,6 +203,10 @@ class Run:
     @cached_property
     def domains(self) -> dict[str, DomainBlocks]:
         """Token blocks of every domain, read once and kept in the run directory."""
+        with ranks.turn():
+            return self._read_domains()
+
+    def _read_domains(self) -> dict[str, DomainBlocks]:
         from koff_prune.domains import load_blocks, load_domain, save_blocks
 
         result = {}
@@ -221,18 +231,22 @@ class Run:
         """One pass of the dense model over the scoring text of all domains, kept in the run directory."""
         from koff_prune.scores import Statistics, collect
 
-        path = self.folder / "statistics.safetensors"
-        if not path.exists():
-            windows = [w for blocks in self.domains.values() for w in blocks.scoring]
-            with bar("scoring units", sum(len(w) for w in windows)) as progress, self.timed("score"):
-                kinds, seed = self.recipe.structure.units, self.recipe.seed
-                found = collect(self.dense.model, self.units, kinds, windows, progress, seed)
-            save_tensors(found.tensors(), path)
-        return Statistics.from_tensors(load_tensors(path))
+        with ranks.turn():
+            path = self.folder / "statistics.safetensors"
+            if not path.exists():
+                windows = [w for blocks in self.domains.values() for w in blocks.scoring]
+                with bar("scoring units", sum(len(w) for w in windows)) as progress, self.timed("score"):
+                    kinds, seed = self.recipe.structure.units, self.recipe.seed
+                    found = collect(self.dense.model, self.units, kinds, windows, progress, seed)
+                save_tensors(found.tensors(), path)
+            return Statistics.from_tensors(load_tensors(path))
 
     @contextmanager
     def timed(self, stage: str, folder: Path | None = None) -> Iterator[None]:
         """Adds the block's seconds to times.json under `stage`."""
+        if ranks.rank():
+            yield
+            return
         begun = time.monotonic()
         try:
             yield

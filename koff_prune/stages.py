@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from koff_export.files import read_json, staged_dir, write_json
+from koff_prune import ranks
 from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, load_backbone, save_backbone, slice_memory
 from koff_prune.evaluate import window_losses
@@ -110,19 +111,20 @@ def baseline_scores(run: Run, method: str) -> Scores:
 def better_ranking(run: Run, method: str, compensate: str) -> str:
     """Global or per_layer: the one whose bare loss on the scoring text is lower; kept on disk."""
     path = run.folder / "rows" / f"{method}_{compensate}_rankings.json"
-    if not path.exists():
-        losses = {}
-        total = 2 * sum(b.scoring.numel() for b in run.domains.values())
-        with bar(f"ranking {method}", total) as progress:
-            for ranking in ("global", "per_layer"):
-                arm = Arm(method, ranking, compensate=compensate)
-                model = _cut_model(run, arm, plan_arm(run, arm, run.folder / "rows" / arm.slug))
-                bare = Memories(model, Memory(lora=None, kv=None), {}, 0)
-                losses[ranking] = sum(
-                    sum(window_losses(bare, b.scoring, None, progress)) for b in run.domains.values()
-                )
-        write_json(path, losses)
-    found: dict[str, float] = read_json(path)
+    with ranks.turn():
+        if not path.exists():
+            losses = {}
+            total = 2 * sum(b.scoring.numel() for b in run.domains.values())
+            with bar(f"ranking {method}", total) as progress:
+                for ranking in ("global", "per_layer"):
+                    arm = Arm(method, ranking, compensate=compensate)
+                    model = _cut_model(run, arm, plan_arm(run, arm, run.folder / "rows" / arm.slug))
+                    bare = Memories(model, Memory(lora=None, kv=None), {}, 0)
+                    losses[ranking] = sum(
+                        sum(window_losses(bare, b.scoring, None, progress)) for b in run.domains.values()
+                    )
+            write_json(path, losses)
+        found: dict[str, float] = read_json(path)
     return min(found, key=found.__getitem__)
 
 
@@ -141,7 +143,7 @@ def train_windows(run: Run, skip_tokens: int = 0) -> dict[str, torch.Tensor]:
 
 def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
     """Joint training: writes gates.safetensors and learned/<domain>/ (around the dense model)."""
-    if (folder / "gates.safetensors").exists():
+    if ranks.agree((folder / "gates.safetensors").exists()):
         return
     recipe = run.recipe
     gates_section = recipe.learn.gates.model_copy(
@@ -157,9 +159,18 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
         run, memories, train_windows(run), learn, Phase(learn.tokens, 0.0, share), folder, "learning",
         gates=gates, compensation=compensation(run, arm),
     )  # fmt: skip
+    with ranks.turn():
+        if not (folder / "gates.safetensors").exists():
+            _save_learned(run, arm, folder, gates, memories, start)
+
+
+def _save_learned(
+    run: Run, arm: Arm, folder: Path, gates: Gates, memories: Memories, start: Scores | None
+) -> None:
+    """gates.safetensors, last of all, says that the joint training is finished."""
     tensors = {"alpha": gates.alpha.detach(), "start": torch.empty(0)}
     if start is not None:
-        before = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed)
+        before = Gates(run.units, run.recipe.structure, gates.form, start, run.recipe.seed)
         tensors["start"] = before.alpha.detach()
         shared = overlap(before, gates)
         say(f"learning moved the mask: {shared:.1%} of the removed units were the start's choice")
@@ -203,19 +214,20 @@ def load_gates(run: Run, arm: Arm, folder: Path, which: str = "alpha") -> Gates:
 def plan_arm(run: Run, arm: Arm, folder: Path) -> Plan:
     """Gates or a baseline's scores to plan.json."""
     path = folder / "plan.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        structure = run.recipe.structure
-        ranking = arm.ranking or ("per_layer" if structure.widths == "uniform" else "global")
-        if arm.method == "koff":
-            scores = load_gates(run, arm, folder).scores()
-        else:
-            scores = baseline_scores(run, arm.method)
-        plan = make_plan(
-            scores, run.units, structure, model=run.model_identity, method=arm.method, ranking=ranking
-        )
-        plan.save(path)
-    plan = Plan.load(path)
+    with ranks.turn():
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            structure = run.recipe.structure
+            ranking = arm.ranking or ("per_layer" if structure.widths == "uniform" else "global")
+            if arm.method == "koff":
+                scores = load_gates(run, arm, folder).scores()
+            else:
+                scores = baseline_scores(run, arm.method)
+            plan = make_plan(
+                scores, run.units, structure, model=run.model_identity, method=arm.method, ranking=ranking
+            )
+            plan.save(path)
+        plan = Plan.load(path)
     plan.check_fits(run.units)
     return plan
 
@@ -240,17 +252,18 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
     learn = run.recipe.learn
     plan = None if arm.method == "dense" else plan_arm(run, arm, folder)
     backbone = folder / "backbone"
-    if keep_backbone and not (backbone / "model.safetensors").exists():
-        model = _cut_model(run, arm, plan)
-        with staged_dir(backbone) as aside:
-            save_backbone(model, aside)
-            copy_tokenizer(run.dense.tokenizer, aside)
+    with ranks.turn():
+        if keep_backbone and not (backbone / "model.safetensors").exists():
+            model = _cut_model(run, arm, plan)
+            with staged_dir(backbone) as aside:
+                save_backbone(model, aside)
+                copy_tokenizer(run.dense.tokenizer, aside)
     model = load_backbone(backbone) if keep_backbone else _cut_model(run, arm, plan)
     memories = memories_around(run, model, arm.trained_with)
     if arm.trained_with == "none":
         return memories
     done = folder / "memories"
-    if not done.exists():
+    if not ranks.agree(done.exists()):
         if arm.method == "koff" and arm.learned_with == arm.trained_with and plan is not None:
             for name in memories.domains:
                 learned = load_memory(folder / "learned" / name)
@@ -263,10 +276,12 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
         else:
             phase, skip, label = Phase(learn.tokens + learn.settle_tokens, 0.0, 1.0), 0, "training memories"
         train_logged(run, memories, train_windows(run, skip), learn, phase, folder, label)
-        with staged_dir(done) as aside:
-            for name in memories.domains:
-                save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
-        _drop_checkpoints(folder)
+        with ranks.turn():
+            if not done.exists():
+                with staged_dir(done) as aside:
+                    for name in memories.domains:
+                        save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
+                _drop_checkpoints(folder)
     for name in memories.domains:
         memories.load(name, load_memory(done / name))
     return memories
@@ -306,7 +321,7 @@ def train_logged(
             progress(step_tokens, note)
             log.append({"phase": label, "step": step, "loss": round(loss, 5), "sparsity": sparsity,
                         "tokens_per_second": round(progress.rate, 1)})  # fmt: skip
-            if step % learn.checkpoint_steps == 0 or step == steps:
+            if not ranks.rank() and (step % learn.checkpoint_steps == 0 or step == steps):
                 place.mkdir(parents=True, exist_ok=True)
                 write_json(log_path, log)
 
@@ -322,14 +337,17 @@ def losses_of(
 ) -> dict[str, list[float]]:
     """Held-out nats per token, per domain and window, memories attached or off; kept on disk."""
     path = folder / ("losses.json" if attached else "losses-off.json")
-    if not path.exists():
+    if not ranks.agree(path.exists()):
         memories = cut_arm(run, arm, folder, keep_backbone=main)
         total = sum(b.heldout.numel() for b in run.domains.values())
-        result = {}
-        with bar(f"evaluating {arm.method}", total) as progress, run.timed("evaluating", folder):
-            for name, blocks in run.domains.items():
-                result[name] = window_losses(memories, blocks.heldout, name if attached else None, progress)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        with ranks.turn():
+            if not path.exists():
+                result = {}
+                with bar(f"evaluating {arm.method}", total) as progress, run.timed("evaluating", folder):
+                    for name, blocks in run.domains.items():
+                        who = name if attached else None
+                        result[name] = window_losses(memories, blocks.heldout, who, progress)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(path, result)
     found: dict[str, list[float]] = read_json(path)
     return found

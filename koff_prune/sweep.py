@@ -16,6 +16,7 @@ from typing import Any
 
 from koff_export.errors import KoffError
 from koff_export.files import read_json, recover, staged_dir, write_json
+from koff_prune import ranks
 from koff_prune.lock import alone
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, Recipe
@@ -123,14 +124,17 @@ def sweep(
     asked = points(recipe, sparsities, seeds, tokens)
     out.mkdir(parents=True, exist_ok=True)
     with alone(out):
-        _enter(recipe, out, resume)
+        with ranks.turn():
+            _enter(recipe, out, resume or ranks.rank() > 0)
         found = []
         for n, point in enumerate(asked, 1):
             say(f"sweep {n} of {len(asked)}: seed {point.seed}, sparsity {point.sparsity:g}"
                 + ("" if point.tokens is None else f", {point.tokens:,} tokens"))  # fmt: skip
             found.append((point, _compare_at(recipe, point, out, asked[: n - 1])))
         summary = summarise(found)
-        write_sweep(out, summary)
+        with ranks.turn():
+            if not ranks.rank():
+                write_sweep(out, summary)
         return summary
 
 
@@ -151,16 +155,19 @@ def _enter(recipe: Recipe, out: Path, resume: bool) -> None:
 def _compare_at(recipe: Recipe, point: Point, out: Path, before: Sequence[Point]) -> list[Row]:
     folder = out / point.folder
     finished = folder / ROWS
-    if not finished.exists():
+    if not ranks.agree(finished.exists()):
         from koff_prune.api import compare
         from koff_prune.run import Run
 
         mine = point.recipe(recipe)
-        with Run(mine, folder, resume=True):
+        with ranks.turn(), Run(mine, folder, resume=True):
             for other in before:
                 if other.seed == point.seed:
                     share(out / other.folder, folder, same_budget=other.tokens == point.tokens)
-        write_json(finished, compare(mine, folder, resume=True))
+        rows_there = compare(mine, folder, resume=True)
+        with ranks.turn():
+            if not finished.exists():
+                write_json(finished, rows_there)
     rows: list[Row] = read_json(finished)
     return rows
 

@@ -1,0 +1,130 @@
+"""Two processes on one run against one: the same gradients, the same plan, the same memories."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_helpers import koff_prune, recipe_of
+from safetensors.torch import load_file
+
+from koff_export.files import read_json
+
+# What every process does: the command, its gradients written down as they are after the first step's sharing.
+SCRIPT = """
+import os
+import sys
+from pathlib import Path
+import torch
+from koff_prune import learn, ranks
+from koff_prune.cli import main
+
+seen, dies_at = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+shared, calls = ranks.share_mean, []
+
+def noting(tensors):
+    tensors = list(tensors)
+    calls.append(1)
+    if ranks.rank() == 1 and len(calls) == dies_at:
+        os._exit(9)
+    shared(tensors)
+    path = seen / f"{ranks.rank()}.pt"
+    if not path.exists():
+        torch.save([t.clone() for t in tensors], path)
+
+ranks.share_mean = noting
+main()
+"""
+
+
+def launch(
+    folder: Path, processes: int, *arguments: object, dies_at: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """`koff-prune` in so many processes; gradients go to <folder>/seen-<processes>/."""
+    script, seen = folder / "script.py", folder / f"seen-{processes}"
+    script.write_text(SCRIPT)
+    seen.mkdir(exist_ok=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+    if processes == 1:
+        launcher = [sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, script, seen, str(dies_at), *map(str, arguments)],
+        capture_output=True, text=True, timeout=240,
+        check=False, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(400)
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tmp_path,
+        learn={"tokens": 1024, "settle_tokens": 256, "batch": 4, "gates": {"prior_tokens": 1000}},
+        compare=["fisher", {"method": "dense", "trained_with": "same"}],
+    )
+    for processes in (1, 2):
+        done = launch(tmp_path, processes, "apply", recipe, "--out", tmp_path / f"run-{processes}")
+        assert done.returncode == 0, done.stderr
+    one, first, second = (
+        torch.load(tmp_path / name, weights_only=True)
+        for name in ("seen-1/0.pt", "seen-2/0.pt", "seen-2/1.pt")
+    )
+    assert len(one) > 10 and any(float(t.abs().max()) > 0 for t in one)
+    for a, b, c in zip(one, first, second, strict=True):
+        assert torch.equal(b, c)
+        assert float((a - b).abs().max()) <= 1e-6
+    plans = [read_json(tmp_path / f"run-{n}" / "plan.json")["digest"] for n in (1, 2)]
+    assert plans[0] == plans[1]
+    for name in ("law", "code"):
+        for file in ("adapter_model.safetensors", "kv.safetensors"):
+            alone, together = (load_file(tmp_path / f"run-{n}" / "memories" / name / file) for n in (1, 2))
+            for key, tensor in alone.items():
+                assert torch.allclose(tensor, together[key], atol=1e-4), (name, key)
+    rows = [read_json(tmp_path / f"run-{n}" / "report.json")["rows"] for n in (1, 2)]
+    for a, b in zip(*rows, strict=True):
+        assert a["perplexity"]["gmean"] == pytest.approx(b["perplexity"]["gmean"], rel=1e-3)
+    assert done.stdout.count("bundle:") == 1 and (tmp_path / "run-2" / "bundle" / "koff.json").exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_process_that_dies_loses_no_more_than_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path, learn={"tokens": 1024, "settle_tokens": 0, "batch": 4})
+    done = launch(tmp_path, 2, "plan", recipe, "--out", tmp_path / "run", dies_at=6)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: process 0 of 2 lost another; see its message, then use --resume"
+    ]
+    assert not (tmp_path / "run" / "gates.safetensors").exists()
+    assert list((tmp_path / "run" / "checkpoints" / "learning").glob("checkpoint-*/complete"))
+    # as many processes as one likes may go on
+    assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "run", "--resume").code == 0
+    assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "whole").code == 0
+    assert (tmp_path / "run" / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+
+
+@pytest.mark.timeout(200)
+def test_a_batch_that_does_not_divide_is_told_once(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, learn={"batch": 1, "window": 16})
+    done = launch(tmp_path, 2, "learn", recipe, "--out", tmp_path / "run")
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert told == ["error: learn.batch: 1 windows do not divide over 2 processes; set a multiple"]
+    assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed")[0]
+
+
+def test_without_a_launcher_nothing_is_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from koff_prune import ranks
+
+    tensor = torch.ones(3)
+    ranks.share_mean([tensor])
+    assert (ranks.world(), ranks.rank()) == (1, 0) and tensor.tolist() == [1, 1, 1]
+    assert ranks.agree(False) is False and ranks.any_of(True) is True
+    recipe = recipe_of(tmp_path)
+    assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "run").code == 0
