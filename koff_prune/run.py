@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, read_json, recover, write_json
 from koff_prune import ranks
+from koff_prune.chat import tokens
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Recipe
 
@@ -222,7 +223,7 @@ class Run:
         for name, blocks in result.items():
             lines = folder / f"{name}.heldout.jsonl"
             if not lines.exists():  # the very windows of the report, for `koff-run --score`
-                text = "".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist())
+                text = "".join(json.dumps({"tokens": w}) + "\n" for w in tokens(blocks.heldout).tolist())
                 self.write_text(f"domains/{lines.name}", text)
         return result
 

@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from koff_prune.chat import IGNORED, tokens_and_labels
 from koff_prune.plan import Scores
 from koff_prune.recipe import Structure
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, ffn_group
@@ -118,17 +119,21 @@ def collect(
     try:
         for window in windows:
             # the base is frozen, so the gradient enters through the embeddings
-            embedded = embed(window[None]).detach().requires_grad_(True)
+            read, wanted = tokens_and_labels(window)
+            said = wanted[1:] != IGNORED
+            embedded = embed(read[None]).detach().requires_grad_(True)
             with torch.enable_grad():
                 logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
-                labels = [window[1:], *_drawn(logits.detach(), generator)]
+                if not said.all():
+                    logits = logits[said]
+                labels = [wanted[1:][said], *_drawn(logits.detach(), generator)]
                 for n, target in enumerate(labels):
                     loss = functional.cross_entropy(logits, target, reduction="sum")
                     loss.backward(retain_graph=n < DRAWS)
                     for place, x in inputs.items():
                         add = _accumulate if n == 0 else _accumulate_drawn
                         add(result, place, x[0].float(), gradients[place][0].float(), units)
-            result.tokens += len(window)
+            result.tokens += int(said.sum()) + 1  # what is predicted, and the token before
             inputs.clear()
             gradients.clear()
             if progress:

@@ -20,6 +20,7 @@ import torch
 
 from koff_export.errors import KoffError
 from koff_export.files import write_json, write_text
+from koff_prune.chat import tokens
 from koff_prune.evaluate import window_losses
 from koff_prune.memory import Memories
 from koff_prune.packages import fetch_files
@@ -158,7 +159,7 @@ def trained_on(run: Run, texts: Sequence[str]) -> list[bool]:
     """Of every text, whether it shares GRAM tokens in a row with the run's training text."""
     grams: set[tuple[int, ...]] = set()
     for blocks in run.domains.values():
-        for window in blocks.train.tolist():
+        for window in tokens(blocks.train).tolist():
             grams.update(tuple(window[i : i + GRAM]) for i in range(len(window) - GRAM + 1))
     result = []
     for text in texts:

@@ -1,0 +1,89 @@
+"""Conversations as training text: through the model's chat template, with loss on the assistant's turns.
+
+A token that is read and not learned is kept as -1 - id wherever windows of tokens are kept, so that text and
+chat travel the same road; `tokens_and_labels` takes the two apart at the model's door.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from koff_export.errors import KoffError
+
+IGNORED = -100  # what torch's cross-entropy leaves out
+
+
+class Chat(str):
+    """A conversation: JSON of its messages, [{"role", "content"}]."""
+
+
+def chat_of(messages: Any) -> Chat | None:
+    """A record's messages as a Chat; None where the assistant says nothing.
+
+    Raises:
+        ValueError: They are no list of {"role": text, "content": text}.
+    """
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    ):
+        raise ValueError('messages must be a list of {"role": "…", "content": "…"}')
+    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+    if not any(turn["role"] == "assistant" for turn in turns):
+        return None
+    return Chat(json.dumps(turns, ensure_ascii=False))
+
+
+def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a conversation; all but the assistant's turns and what ends them as -1 - id.
+
+    Raises:
+        KoffError: The tokenizer has no chat template, or one that cannot be taken turn by turn.
+    """
+    if not tokenizer.chat_template:
+        raise KoffError("model.source: its tokenizer has no chat template; give text instead of messages")
+    messages, done, ids = json.loads(chat), "", []
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant" and n + 1 < len(messages):
+            continue
+        learned = message["role"] == "assistant"
+        before = _render(tokenizer, messages[:n], learned) if learned else done
+        after = _render(tokenizer, messages[: n + 1], False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise KoffError(
+                "model.source: its chat template rewrites earlier turns, so what the assistant said cannot"
+                " be told apart; give text instead of messages"
+            )
+        ids += [-1 - i for i in _encode(tokenizer, before[len(done) :])]
+        ids += [i if learned else -1 - i for i in _encode(tokenizer, after[len(before) :])]
+        done = after
+    return ids
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], asked: bool) -> str:
+    if not messages and not asked:
+        return ""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+    except Exception as error:  # a template may fail in any way
+        raise KoffError(f"model.source: its chat template failed ({str(error)[:200]})") from error
+    return str(text)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+
+def tokens_and_labels(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model reads, and what it is to say (IGNORED: nothing); both int64, of the shape of `ids`."""
+    hidden = ids < 0
+    return torch.where(hidden, -1 - ids, ids), torch.where(hidden, IGNORED, ids)
+
+
+def tokens(ids: torch.Tensor) -> torch.Tensor:
+    """What the model reads, int64."""
+    return tokens_and_labels(ids)[0]

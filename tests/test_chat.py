@@ -1,0 +1,120 @@
+"""Conversations: which tokens are learned, and a run on them from jsonl to bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from model_helpers import tiny_model
+from run_helpers import koff_prune, recipe_of
+from text_helpers import jsonl, tiny_tokenizer
+from torch.nn import functional
+
+from koff_export.errors import KoffError
+from koff_prune.chat import Chat, chat_of, chat_tokens, tokens, tokens_and_labels
+from koff_prune.domains import load_blocks
+from koff_prune.evaluate import window_losses
+from koff_prune.memory import Memories
+from koff_prune.recipe import Memory
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Bye."},
+    {"role": "user", "content": "Still here?"},
+]
+
+
+def tokenizer(template: str | None = TEMPLATE):  # type: ignore[no-untyped-def]
+    made = tiny_tokenizer()
+    made.chat_template = template
+    return made
+
+
+def test_the_assistants_turns_and_their_ends_are_learned() -> None:
+    talk, made = chat_of(TALK), tokenizer()
+    assert talk is not None
+    ids = torch.tensor(chat_tokens(talk, made))
+    assert made.decode(tokens(ids)) == made.apply_chat_template(TALK, tokenize=False)
+    read, labels = tokens_and_labels(ids)
+    assert made.decode(labels[labels >= 0]) == "Hello.</assistant>\nBye.</assistant>\n"
+    assert torch.equal(read[labels >= 0], labels[labels >= 0])
+
+
+def test_what_is_no_conversation_is_told() -> None:
+    assert chat_of(TALK[:2]) is None
+    for wrong in ("text", [{"role": "user"}], [{"role": "user", "content": 3}]):
+        with pytest.raises(ValueError, match="must be a list"):
+            chat_of(wrong)
+    with pytest.raises(KoffError, match="no chat template"):
+        chat_tokens(Chat(json.dumps(TALK)), tokenizer(None))
+    rewriting = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}"
+    with pytest.raises(KoffError, match="rewrites earlier turns"):
+        chat_tokens(Chat(json.dumps(TALK)), tokenizer(rewriting))
+
+
+def test_a_windows_loss_is_that_of_the_assistants_tokens() -> None:
+    model = tiny_model(num_hidden_layers=2)
+    window = torch.tensor([chat_tokens(Chat(json.dumps(TALK)), tokenizer())])
+    read, labels = tokens_and_labels(window)
+    logits = model(input_ids=read).logits[0, :-1]
+    said = labels[0, 1:] >= 0
+    expected = functional.cross_entropy(logits[said], read[0, 1:][said])
+    bare = Memories(model, Memory(lora=None, kv=None), {}, 0)
+    assert window_losses(bare, window, None) == [pytest.approx(float(expected), abs=1e-5)]
+
+
+@pytest.mark.timeout(200)
+def test_a_run_learns_from_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talks = [
+        {
+            "id": n,
+            "talk": [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": "yes " * 9}],
+        }
+        for n in range(60)
+    ]
+    jsonl(tmp_path / "talks.jsonl", [*talks, {"id": 99, "talk": TALK[:1]}])
+    recipe = recipe_of(
+        tmp_path,
+        domains={"chat": {"source": {"path": "talks.jsonl", "messages": "talk", "key": "{id}"}}},
+        learn={"rates": {"lora": 0.02, "kv": 0.02}, "tokens": 2048, "window": 32},
+        evaluate={"window": 32},
+    )
+    made = tokenizer()
+    made.save_pretrained(tmp_path / "model")
+    answer = koff_prune(capsys, "apply", recipe, "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    blocks = load_blocks(tmp_path / "run" / "domains" / "chat.safetensors")
+    assert (blocks.train < 0).any() and (blocks.train >= 0).any() and (blocks.prefill >= 0).all()
+    learned = blocks.train[blocks.train >= 0]
+    assert set(made.decode(learned)) <= set("yes </assistant>\n")
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    dense, koff = rows[0]["perplexity"]["chat"], rows[1]["perplexity"]["chat"]
+    assert koff < 0.9 * dense  # the assistant says one thing only
+    held = json.loads((tmp_path / "run" / "domains" / "chat.heldout.jsonl").read_text().splitlines()[0])
+    assert min(held["tokens"]) >= 0
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ({"messages": "talk", "text": "{x}"}, "takes the place of `text`"),
+        ({"messages": "nothing"}, "nothing"),
+        ({"messages": "id"}, "must be a list"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    source: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jsonl(tmp_path / "talks.jsonl", [{"id": n, "talk": TALK} for n in range(30)])
+    recipe = recipe_of(tmp_path, domains={"chat": {"source": {"path": "talks.jsonl", **source}}})
+    answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2 and says in answer.err and answer.err.count("error: ") == 1
