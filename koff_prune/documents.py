@@ -97,7 +97,8 @@ def _chat(source: TextSource, record: Record, key: str | None) -> tuple[str, Cha
         return None if chat is None else (render(key, record) if key else str(chat), chat)
     except ValueError as error:
         raise KoffError(
-            f"{describe(source)}: under `messages: {source.messages}`: {error}; the fields are {', '.join(record)}"
+            f"{describe(source)}: under `messages: {source.messages}`: {error};"
+            f" the fields are {', '.join(record)}"
         ) from error
 
 

@@ -28,12 +28,14 @@ from koff_prune.gates import GateHooks, Gates
 from koff_prune.interrupt import Interruption
 from koff_prune.loss import head_loss
 from koff_prune.memory import Memories
+from koff_prune.progress import say
 from koff_prune.recipe import Learn
 from koff_prune.windows import DomainWindows
 
 STATE = "state.safetensors"
 GATES = ":gates/"  # before the names of their tensors; no domain is called so
 COMPLETE = "complete"  # the marker inside a whole checkpoint
+SKIPS = 16  # batches that are not finite, in one step or in neighbouring ones, before skipping gives up
 LATE = 0.1  # share of the learning rate that is left at the end
 
 
@@ -79,6 +81,8 @@ class Learner(nn.Module):
             self.predictions = PredictionHooks(memories.model, compensation)
         self._closed: Any = None
         self.step = 0
+        self.skips = learn.non_finite == "skip"
+        self.skipped, self.last_skipped = 0, -2  # in a row, and the step of the last
 
     def begin_step(self, step: int, target: float) -> None:
         """Draws the step's mask, and solves its prediction where the mask changed."""
@@ -120,11 +124,24 @@ class Learner(nn.Module):
             teacher = teacher[said] if teacher is not None else None
         loss = head_loss(out, head, labels, teacher, ce=self.loss.ce, kl=self.loss.kl)
         if not math.isfinite(value := float(loss.detach())):
-            raise KoffError(
-                f"learn: the loss is {value} at step {self.step + 1}, on a batch of {name}; lower learn.rates"
-                " or learn.gates.learning_rate"
-            )
+            self._not_finite(f"the loss is {value} at step {self.step + 1}, on a batch of {name}")
+            return torch.zeros((), requires_grad=True)  # nothing to learn from
         return loss
+
+    def _not_finite(self, what: str) -> None:
+        """Stops, or under `non_finite: skip` says what is left out; too often in a row is no accident.
+
+        Raises:
+            KoffError: See above.
+        """
+        mend = "lower learn.rates or learn.gates.learning_rate"
+        if not self.skips:
+            raise KoffError(f"learn: {what}; {mend}")
+        self.skipped = (self.skipped if self.step - self.last_skipped <= 1 else 0) + 1
+        self.last_skipped = self.step
+        if self.skipped > SKIPS:
+            raise KoffError(f"learn: {what}, after {SKIPS} others that were skipped; {mend}")
+        say(f"skipped: {what}")
 
     @torch.no_grad()
     def _dense(self, hidden: Any, input_ids: torch.Tensor) -> torch.Tensor:
@@ -228,7 +245,17 @@ class LearnTrainer(Trainer):
         """Forward and backward of one micro-batch; the last of a step shares its gradients."""
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            ranks.share_mean(p.grad for p in self.learner.parameters() if p.grad is not None)
+            learned = [p for p in self.learner.parameters() if p.requires_grad]
+            for p in learned:
+                if p.grad is None:  # every batch that it could learn from was skipped
+                    p.grad = torch.zeros_like(p)
+            ranks.share_mean(p.grad for p in learned if p.grad is not None)
+            if self.learner.skips and not all(
+                torch.isfinite(p.grad).all() for p in learned if p.grad is not None
+            ):
+                self.learner._not_finite(f"a gradient is not finite at step {self.learner.step + 1}")
+                for p in learned:
+                    p.grad = torch.zeros_like(p)
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -263,6 +263,9 @@ class Learn(Section):
     gates: Gates = Gates()
     checkpoint_steps: Int = Field(default=20, ge=1, description="Optimizer steps between checkpoints.")
     gradient_checkpointing: Bool = False
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop", description="What to do about a loss that is not finite; skip leaves its batch out."
+    )
 
 
 class Scoring(Section):
@@ -384,7 +387,9 @@ class Recipe(Section):
 
     def digest(self) -> str:
         """sha256 over what decides the result; not over `compare`, `export` and `model.config`."""
-        data = self.model_dump(mode="json", exclude={"compare": True, "export": True, "model": {"config"}})
+        left_out: Any = {"compare": True, "export": True, "model": {"config"}}
+        # what is none counts as not there, so that a later version's optional key changes no digest
+        data = self.model_dump(mode="json", exclude=left_out, exclude_none=True)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

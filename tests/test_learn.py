@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import signal
 from pathlib import Path
@@ -242,6 +243,33 @@ def test_a_loss_that_is_not_finite_is_told(tmp_path: Path) -> None:
         KoffError, match="learn: the loss is nan at step 1, on a batch of law; lower learn.rates"
     ):
         train(memories, WINDOWS, section(), Phase(TOKENS, 0, 1), tmp_path, gates=gates, sparsity=0.3)
+
+
+def test_a_batch_that_is_not_finite_can_be_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One bad batch costs itself alone; a memory that stays broken is not skipped for ever."""
+    module = importlib.import_module("koff_prune.learn")  # the package's `learn` is a function
+
+    healthy, calls = module.head_loss, []
+
+    def sometimes(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return healthy(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(module, "head_loss", sometimes)
+    memories, gates = start()
+    skipping = section().model_copy(update={"non_finite": "skip"})
+    train(memories, WINDOWS, skipping, Phase(TOKENS, 0, 1), tmp_path / "a", gates=gates, sparsity=0.3)
+    assert all(torch.isfinite(t).all() for t in everything(memories).values())
+    assert capsys.readouterr().err.count("skipped: the loss is nan at step 2") == 1
+    monkeypatch.undo()
+    memories, gates = start()
+    with torch.no_grad():
+        memories.kv["law"].values[0].fill_(float("inf"))
+    with pytest.raises(KoffError, match="after 16 others that were skipped"):
+        long = Phase(TOKENS * 8, 0, 1)
+        train(memories, WINDOWS, skipping, long, tmp_path / "b", gates=gates, sparsity=0.3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
