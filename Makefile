@@ -33,10 +33,12 @@ quickstart: venv  ## recipe to bundle, report and one generated line per domain 
 
 test: venv  ## everything CI runs (15 minutes on 2 cores)
 	tests/install-chromium.sh
+	tests/install-javascript.sh
 	$(BIN)/python -m pytest
 
 test-slow: venv  ## what takes longer; the result is kept in tests/slow-result.txt
 	tests/install-chromium.sh
+	tests/install-javascript.sh
 	{ echo '$$ make test-slow'; $(BIN)/python -m pytest -m slow --timeout 7200 --durations 0; } 2>&1 \
 	  | tee tests/slow-result.txt
 

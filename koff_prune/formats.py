@@ -53,7 +53,7 @@ def write_onnx(
         export: The recipe's section.
         merged: The domain whose LoRA the backbone already has and whose KV, if any, the graph is to hold.
     """
-    from koff_export.onnx import export_onnx
+    from koff_export.onnx import export_onnx, write_required
     from koff_export.quantize import quantize
 
     model = load_backbone(folder)
@@ -73,7 +73,10 @@ def write_onnx(
             say(f"quantising to {precision}")
             quantize(folder / "onnx/model.onnx", folder / path, {"int8": 8, "int4": 4}[precision])
             precisions[precision] = path
-    return {**vars(info), "precisions": precisions}
+    told = {**vars(info), "precisions": precisions}
+    if export.onnx.javascript:
+        told["javascript"] = {name: write_required(folder, path) for name, path in precisions.items()}
+    return told
 
 
 def _kv_of(memory: Path, model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -328,6 +328,9 @@ class OnnxExport(Section):
     """The ONNX graphs of a bundle."""
 
     precision: list[Literal["fp32", "int8", "int4"]] = Field(default=["fp32"], min_length=1)
+    javascript: Bool = Field(
+        default=False, description="Also graphs whose slots are required inputs, as JavaScript needs them."
+    )
 
 
 class GgufExport(Section):

@@ -300,6 +300,31 @@ def export_onnx(
     return GraphInfo(len(layers), kv_heads, head_dim, vocab_size, inputs, outputs)
 
 
+def write_required(folder: str | Path, path: str) -> str:
+    """Writes a copy of a bundle's graph whose slots are required inputs, around the same file of weights.
+
+    onnxruntime-web refuses optional inputs, and onnxruntime-node drops them without a word.
+
+    Args:
+        folder: The bundle.
+        path: Of the graph in it, such as onnx/model.onnx.
+
+    Returns:
+        The path of the copy, such as onnx/model_js.onnx.
+
+    Raises:
+        KoffError: the disk refuses.
+    """
+    model = onnx.load(Path(folder) / path, load_external_data=False)
+    weights = [tensor for tensor in model.graph.initializer if not is_slot(tensor.name)]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(weights)
+    copy = path.removesuffix(".onnx") + "_js.onnx"
+    with disk_errors(Path(folder) / copy):
+        onnx.save(model, Path(folder) / copy)
+    return copy
+
+
 def write_adapter(
     path: str | Path,
     lora: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]],

@@ -1,0 +1,96 @@
+"""Bundles opened in JavaScript, in node and in a browser, through the examples that show how."""
+
+from __future__ import annotations
+
+import functools
+import html
+import http.server
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from model_helpers import tiny_config
+from run_helpers import recipe_of
+
+from koff_export.runtime import Runtime
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "javascript"
+MODULES = Path(__file__).parent / "javascript" / "node_modules"
+MEMORIES = (None, "law", "code")
+PROMPT = [5, 9, 30, 77]
+
+if not shutil.which("node") or not MODULES.is_dir():
+    pytest.skip("node or its modules are missing: run tests/install-javascript.sh", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the examples, onnxruntime and a bundle, as a server would offer it."""
+    import koff_prune as package
+
+    folder = tmp_path_factory.mktemp("site")
+    recipe = recipe_of(
+        folder,
+        tiny_config("qwen2", num_hidden_layers=2, intermediate_size=128),
+        learn={"rates": {"lora": 0.05, "kv": 0.2}},  # so that memories say something
+        export={
+            "formats": ["safetensors", "onnx"],
+            "onnx": {"precision": ["fp32", "int8"], "javascript": True},
+        },
+    )
+    package.export(recipe, folder / "run")
+    for file in EXAMPLES.iterdir():
+        shutil.copy(file, folder)
+    (folder / "bundle").symlink_to(folder / "run" / "bundle")
+    (folder / "node_modules").symlink_to(MODULES)
+    (folder / "ort").symlink_to(MODULES / "onnxruntime-web" / "dist")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(site: Path) -> dict[str | None, list[int]]:
+    runtime = Runtime.open(site / "bundle")
+    found = {memory: list(runtime.generate_tokens(PROMPT, memory, 24)) for memory in MEMORIES}
+    assert len({tuple(answer) for answer in found.values()}) > 1
+    return found
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_node_says_the_same_tokens(
+    memory: str | None, site: Path, expected: dict[str | None, list[int]]
+) -> None:
+    command = ["node", "node.mjs", "bundle", memory or "none", ",".join(map(str, PROMPT))]
+    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [int(token) for token in done.stdout.split()] == expected[memory]
+    few_bits = subprocess.run(
+        [*command, "int8"], cwd=site, capture_output=True, text=True, timeout=60, check=False
+    )
+    ours = list(Runtime.open(site / "bundle", "int8").generate_tokens(PROMPT, memory, 24))
+    assert [int(token) for token in few_bits.stdout.split()] == ours
+
+
+@pytest.mark.timeout(240)
+def test_a_browser_says_the_same_tokens(site: Path, expected: dict[str | None, list[int]]) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("chromium is missing: run tests/install-chromium.sh")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for memory in MEMORIES:
+            page = (
+                f"http://127.0.0.1:{server.server_port}/index.html?memory={memory or 'none'}&tokens=5,9,30,77"
+            )
+            done = subprocess.run(
+                [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000",
+                 "--dump-dom", page],
+                capture_output=True, text=True, timeout=120, check=False,
+            )  # fmt: skip
+            told = re.search(r'<p id="answer">([^<]*)</p>', done.stdout)
+            assert told is not None, done.stderr[-500:]
+            assert html.unescape(told[1]) == f"tokens: {' '.join(map(str, expected[memory]))}"
+        server.shutdown()
