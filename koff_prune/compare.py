@@ -121,6 +121,8 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
             said.append(
                 "gates not learned" if arm.gates_rate == 0 else f"gate learning rate {arm.gates_rate:g}"
             )
+        said += [f"LoRA rank {arm.lora_rank}"] if arm.lora_rank else []
+        said += [f"KV of {arm.kv_tokens}"] if arm.kv_tokens else []
         if said:
             row["note"] = ", ".join(said)
     return row

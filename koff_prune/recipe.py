@@ -299,6 +299,12 @@ class CompareRow(Section):
     gates_learning_rate: Float | None = Field(default=None, ge=0, description="koff: overrides learn.gates.")
     gates_form: Form | None = None
     gates_start: Start | None = Field(default=None, description="koff: overrides learn.gates.")
+    lora_rank: Int | None = Field(
+        default=None, ge=1, le=512, description="koff: overrides memory.lora.rank, at the same alpha / rank."
+    )
+    kv_tokens: Int | None = Field(
+        default=None, ge=2, le=8192, description="koff: overrides memory.kv.tokens."
+    )
     compensate: Literal["none", "least_squares"] | None = Field(
         default=None, description="Overrides cut.compensate."
     )
@@ -312,10 +318,12 @@ class CompareRow(Section):
     def _sensible(self) -> CompareRow:
         if self.method == "dense" and (self.ranking or self.learned_with or self.compensate):
             raise ValueError("method dense has no ranking, learned_with or compensate")
-        if self.method != "koff" and (
-            self.learned_with or self.gates_learning_rate is not None or self.gates_form or self.gates_start
-        ):
-            raise ValueError(f"learned_with and the gates_ keys are koff's, not {self.method}'s")
+        of_koff = (self.learned_with, self.gates_learning_rate, self.gates_form, self.gates_start,
+                   self.lora_rank, self.kv_tokens)  # fmt: skip
+        if self.method != "koff" and any(value is not None for value in of_koff):
+            raise ValueError(
+                f"learned_with, lora_rank, kv_tokens and the gates_ keys are koff's, not {self.method}'s"
+            )
         return self
 
     @classmethod

@@ -16,6 +16,7 @@ import torch
 
 from koff_export.files import read_json, staged_dir, write_json
 from koff_prune import ranks
+from koff_prune.chat import tokens
 from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, load_backbone, save_backbone, slice_memory
 from koff_prune.evaluate import window_losses
@@ -24,7 +25,7 @@ from koff_prune.learn import Phase, steps_of, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
-from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind
+from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind, Recipe
 from koff_prune.recipe import Gates as GatesSection
 from koff_prune.run import load_tensors, save_tensors
 from koff_prune.scores import removal_costs, score_units
@@ -46,6 +47,8 @@ class Arm:
         learned_with: The memory that koff's mask is learned with.
         trained_with: The memory trained on the fixed plan.
         compensate: none or least_squares.
+        lora_rank: Of its memories, where it is not the recipe's.
+        kv_tokens: The same.
     """
 
     method: str
@@ -56,6 +59,8 @@ class Arm:
     learned_with: MemoryKind | None = None
     trained_with: MemoryKind = "none"
     compensate: str = "none"
+    lora_rank: int | None = None
+    kv_tokens: int | None = None
 
     @property
     def slug(self) -> str:
@@ -66,7 +71,20 @@ class Arm:
             f"learned-{self.learned_with}" if self.learned_with else None,
             f"trained-{self.trained_with}",
         ]
-        return "_".join(p for p in [*parts, self.compensate] if p)
+        sizes = [f"rank{self.lora_rank}" if self.lora_rank else None,
+                 f"kv{self.kv_tokens}" if self.kv_tokens else None]  # fmt: skip
+        return "_".join(p for p in [*parts, self.compensate, *sizes] if p)
+
+    def memory(self, recipe: Recipe, kind: MemoryKind) -> Memory:
+        """The memory of this kind, in the arm's own sizes."""
+        memory = recipe.memory.only(kind)
+        lora, kv = memory.lora, memory.kv
+        if lora is not None and self.lora_rank:
+            alpha = lora.alpha * self.lora_rank / lora.rank
+            lora = lora.model_copy(update={"rank": self.lora_rank, "alpha": alpha})
+        if kv is not None and self.kv_tokens:
+            kv = kv.model_copy(update={"tokens": self.kv_tokens})
+        return Memory(lora=lora, kv=kv)
 
 
 def main_arm(run: Run) -> Arm:
@@ -87,7 +105,10 @@ def arm_of(row: CompareRow, run: Run) -> Arm:
     if row.method == "koff":
         gates = recipe.learn.gates.of_row(row)
         learned = recipe.memory.kind if row.learned_with is None else row.learned_with
-        return Arm("koff", None, gates.form, gates.learning_rate, gates.start, learned, trained, compensate)
+        return Arm(
+            "koff", None, gates.form, gates.learning_rate, gates.start, learned, trained, compensate,
+            row.lora_rank, row.kv_tokens,
+        )  # fmt: skip
     ranking: str = row.ranking or "global"
     if ranking == "better":
         ranking = better_ranking(run, row.method, compensate)
@@ -128,10 +149,16 @@ def better_ranking(run: Run, method: str, compensate: str) -> str:
     return min(found, key=found.__getitem__)
 
 
-def memories_around(run: Run, model: Any, kind: MemoryKind) -> Memories:
+def memories_around(run: Run, model: Any, arm: Arm, kind: MemoryKind) -> Memories:
     """Untrained memories of the named kind for every domain of the recipe."""
-    memory = run.recipe.memory.only(kind)
-    return Memories(model, memory, {name: b.prefill for name, b in run.domains.items()}, run.recipe.seed)
+    memory = arm.memory(run.recipe, kind)
+    count = memory.kv.tokens if memory.kv else 0
+    prefills = {
+        # an arm's own longer cache begins with more of the same text
+        name: b.prefill[:count] if count <= len(b.prefill) else tokens(b.train).reshape(-1)[:count]
+        for name, b in run.domains.items()
+    }
+    return Memories(model, memory, prefills, run.recipe.seed)
 
 
 def train_windows(run: Run, skip_tokens: int = 0) -> dict[str, torch.Tensor]:
@@ -153,7 +180,7 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
     start, prior = _start(run, gates_section)
     scored = sum(b.scoring.numel() for b in run.domains.values())
     gates = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed, prior, scored)
-    memories = memories_around(run, run.fresh(), arm.learned_with or "none")
+    memories = memories_around(run, run.fresh(), arm, arm.learned_with or "none")
     share = _joint_share(learn)
     train_logged(
         run, memories, train_windows(run), learn, Phase(learn.tokens, 0.0, share), folder, "learning",
@@ -259,7 +286,7 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
                 save_backbone(model, aside)
                 copy_tokenizer(run.dense.tokenizer, aside)
     model = load_backbone(backbone) if keep_backbone else _cut_model(run, arm, plan)
-    memories = memories_around(run, model, arm.trained_with)
+    memories = memories_around(run, model, arm, arm.trained_with)
     if arm.trained_with == "none":
         return memories
     done = folder / "memories"

@@ -16,6 +16,7 @@ from run_helpers import koff_prune, memory_bytes, recipe_of
 import koff_prune as package
 from koff_export.files import read_json, sha256_file
 from koff_prune.learn import LearnTrainer, whole_checkpoints
+from koff_prune.memory import load_memory
 from koff_prune.plan import Plan
 from koff_prune.reading import load_recipe
 from koff_prune.run import Run
@@ -254,6 +255,25 @@ def test_every_method_and_both_rankings_share_the_road(tmp_path: Path) -> None:
     assert all(abs(r["sparsity"]["realised"] - 0.1) <= 0.002 for r in rows if r["method"] != "dense")
     assert len({r["plan"] for r in rows}) >= 6
     json.dumps(report, allow_nan=False)
+
+
+def test_a_row_may_have_memories_of_another_size(tmp_path: Path) -> None:
+    """LoRA alone and KV alone at the bytes of both: each is trained, saved and counted in its own size."""
+    asked = [
+        {"method": "koff", "learned_with": "lora", "trained_with": "lora", "lora_rank": 3},
+        {"method": "koff", "learned_with": "kv", "trained_with": "kv", "kv_tokens": 24},
+    ]
+    recipe = recipe_of(tmp_path, compare=asked, memory={"lora": {"rank": 2, "alpha": 4}, "kv": {"tokens": 4}})
+    report = made(recipe, tmp_path / "out")
+    both, lora, kv = report["rows"][1], *report["rows"][-2:]
+    sizes = load_memory(tmp_path / "out" / "memories" / "law")
+    part = {name: sum(t.numel() for t in group.values()) for name, group in sizes.items()}
+    assert both["parameters"]["memory"] == part["lora"] + part["kv"]
+    assert lora["parameters"]["memory"] == part["lora"] * 3 / 2 and lora["note"] == "LoRA rank 3"
+    assert kv["parameters"]["memory"] == part["kv"] * 6 and kv["note"] == "KV of 24"
+    folder = next((tmp_path / "out" / "rows").glob("*rank3")) / "memories" / "law"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
 
 
 def test_an_automatic_dtype_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
