@@ -73,7 +73,7 @@ def _prepare(run: Run) -> None:
 
         structure = run.recipe.structure
         architecture(
-            run.dense.model.config.model_type,
+            run.dense.config.model_type,
             structure.widths == "per_layer",
             "kv_groups" not in structure.units,
         )

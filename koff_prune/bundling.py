@@ -66,7 +66,7 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
             domains = [merge] if (aside / "memories" / merge).exists() else []
         formats = recipe.export.formats if merge is None else []
         told = {name: tell_memory(aside / "memories" / name, name, formats) for name in domains}
-        tokenizer, config = run.dense.tokenizer, run.dense.model.config
+        tokenizer, config = run.dense.tokenizer, run.dense.config
         eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
         manifest: dict[str, Any] = {
             "koff_prune": koff_prune.__version__,

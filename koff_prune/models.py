@@ -6,11 +6,14 @@ since. Code that comes with a model is never run, and pickled weights are never 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +48,11 @@ _NOT_THE_NETWORK = ("transformers_version", "dtype", "torch_dtype", "_name_or_pa
 
 @dataclass
 class Dense:
-    """The dense model, frozen.
+    """The dense model, frozen; its weights are in memory at most once.
 
     Attributes:
-        model: A causal language model on the CPU in the recipe's dtype, in eval mode, requiring no gradient.
+        config: Of the model.
+        open: Reads the weights from the disk.
         tokenizer: Its tokenizer.
         source: What the recipe names: hub id, path, or `name==version:file`.
         revision: Commit of a hub model; None for local ones.
@@ -56,12 +60,24 @@ class Dense:
         bos: Token id that every window must start with, or None.
     """
 
-    model: PreTrainedModel
+    config: PretrainedConfig
+    open: Callable[[], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
     source: str
     revision: str | None
     config_sha256: str
     bos: int | None
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """A causal LM on the CPU in the recipe's dtype, in eval mode, requiring no gradient."""
+        return self.open()
+
+    def take(self) -> PreTrainedModel:
+        """`model`, to be wrapped or cut: it is forgotten here, and read anew when it is next asked for."""
+        model = self.model
+        del self.__dict__["model"]
+        return model
 
 
 def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
@@ -85,26 +101,33 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
         source = tokens = place
     config = _load(AutoConfig, source, section, **options)
     check_architecture(config)
-    model, info = _load(
-        AutoModelForCausalLM, source, section, config=config,
-        dtype=getattr(torch, native_dtype(section.dtype)), use_safetensors=True,
-        output_loading_info=True, **options,
-    )  # fmt: skip
-    if missing := sorted(info["missing_keys"]):
-        raise KoffError(
-            f"model.source '{_name(section)}' lacks {len(missing)} weights such as {missing[0]}: "
-            "it is incomplete, fetch it again"
-        )
+
+    def weights() -> PreTrainedModel:
+        model, info = _load(
+            AutoModelForCausalLM, source, section, config=copy.deepcopy(config),
+            dtype=getattr(torch, native_dtype(section.dtype)), use_safetensors=True,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+        if missing := sorted(info["missing_keys"]):
+            raise KoffError(
+                f"model.source '{_name(section)}' lacks {len(missing)} weights such as {missing[0]}: "
+                "it is incomplete, fetch it again"
+            )
+        return model.eval().requires_grad_(False)
+
+    model = weights()  # what is wrong with them is told now
     tokenizer = _load(AutoTokenizer, tokens, section, **options)
-    model.eval().requires_grad_(False)
-    return Dense(
-        model=model,
+    dense = Dense(
+        config=copy.deepcopy(model.config),  # a cut writes into the model's own
+        open=weights,
         tokenizer=tokenizer,
         source=_name(section),
         revision=getattr(model.config, "_commit_hash", None) if isinstance(place, str) else None,
         config_sha256=config_sha256(model.config),
         bos=first_token(tokenizer, model.config.model_type),
     )
+    dense.model = model
+    return dense
 
 
 def open_config(section: ModelSection, *, cache: Path | None = None) -> PretrainedConfig:

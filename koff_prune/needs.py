@@ -49,8 +49,8 @@ class Needs:
 
     @property
     def host(self) -> int:
-        """Bytes on a machine that learns on its processor: a pristine copy of the weights stays beside."""
-        return self.device(1, sharded=False) + self.weights + 2 * self.second_moments
+        """Bytes on a machine that learns on its processor."""
+        return self.device(1, sharded=False) + 2 * self.second_moments
 
 
 def needs(recipe: Recipe, config: Any, units: Units, plan: Plan) -> Needs:

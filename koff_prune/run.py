@@ -183,10 +183,8 @@ class Run:
         return open_dense(self.recipe.model)
 
     def fresh(self) -> Any:
-        """Another copy of the dense model, to be wrapped or cut."""
-        import copy
-
-        return copy.deepcopy(self.dense.model)
+        """The dense model, to be wrapped or cut."""
+        return self.dense.take()
 
     @cached_property
     def units(self) -> Units:

@@ -260,8 +260,9 @@ def plan_arm(run: Run, arm: Arm, folder: Path) -> Plan:
 
 
 def _cut_model(run: Run, arm: Arm, plan: Plan | None) -> Any:
+    solve = None if plan is None else compensation(run, arm)
     model = run.fresh()
-    return model if plan is None else cut(model, plan, compensation(run, arm))
+    return model if plan is None else cut(model, plan, solve)
 
 
 def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) -> Memories:
