@@ -112,6 +112,11 @@ def test_what_llama_cpp_cannot_read_is_told(
         architecture(model_type, per_layer, all_heads)
 
 
+def test_an_architecture_of_no_ones_is_told(tmp_path: Path) -> None:
+    with pytest.raises(KoffError, match="gguf.architecture 'x'"):
+        export_gguf_lora(tiny_model(), "x", {}, 1, tmp_path / "law.gguf")
+
+
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_told(tmp_path: Path) -> None:
     odd = tokenizer()
     made = json.loads(odd.backend_tokenizer.to_str())

@@ -148,14 +148,18 @@ def export_gguf_lora(
         path: The file to write.
 
     Raises:
-        KoffError: The disk refuses.
+        KoffError: llama.cpp has no such architecture, or the disk refuses.
     """
+    number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}.get(arch)
+    if number is None:
+        raise KoffError(
+            f"koff.json: gguf.architecture {arch!r} is none of llama.cpp's: export the bundle again"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, len(model.model.layers))
     for module, (a, b) in lora.items():
         told = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
