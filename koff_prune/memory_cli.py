@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Memories of a finished bundle: add, list, inspect, compose, remove, pack, unpack.",
+    help="Memories of a finished bundle: add, list, inspect, compose, remove, pack, unpack, cartridge.",
 )
 Bundle = Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]
 Name = Annotated[str, typer.Argument(help="The memory's name.", show_default=False)]
@@ -122,3 +122,17 @@ def unpack(
     from koff_prune.bundle_memories import unpack_memory
 
     unpack_memory(file, bundle, replace=replace)
+
+
+@app.command()
+def cartridge(
+    bundle: Bundle,
+    name: Name,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder [default: NAME-cartridge].")] = None,
+) -> None:
+    """Write a memory's learned cache as a PEFT Cartridge."""
+    from koff_prune.cartridge import write_cartridge
+
+    target = out or Path(f"{name}-cartridge")
+    left_out = write_cartridge(bundle, name, target)
+    print(f"{target}{': the cache alone, without the LoRA it was learned with' if left_out else ''}")
