@@ -30,6 +30,7 @@ from torch import nn
 from koff_prune import ranks
 from koff_prune.plan import Kept, Scores, choose
 from koff_prune.recipe import Structure
+from koff_prune.surgeon import MEND
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers
 
 RE_ESTIMATED = "re_estimated"
@@ -52,6 +53,8 @@ class Gates(nn.Module):
         prior_tokens: Tokens of gradients that weigh as much as the start (re-estimated gates alone); None:
             the start is kept.
         scored_tokens: That the start's costs were estimated on.
+        information: Half of every unit's Fisher information on the scoring text, which that of the training
+            text is pooled with; None where the start is just that.
 
     Attributes:
         alpha: float32 [gated units], the only parameter; higher means keep. Of re-estimated gates the cost,
@@ -80,6 +83,7 @@ class Gates(nn.Module):
         seed: int,
         prior_tokens: float | None = None,
         scored_tokens: int = 0,
+        information: Scores | None = None,
     ) -> None:
         super().__init__()
         self.units, self.structure, self.form, self.seed = units, structure, form, seed
@@ -100,6 +104,8 @@ class Gates(nn.Module):
         self._squared: torch.Tensor  # `squares` before the step, the same in every process
         self.prior_tokens, self.scored_tokens = prior_tokens, scored_tokens
         self.register_buffer("prior", self.alpha.detach().clone())
+        self.information = self.prior if information is None else self._start(information, at)
+        self.power = 1.0 if information is None else MEND  # of a cost in its unit's information
         self.register_buffer("chosen", self.alpha.detach().clone())  # alpha that the step's mask comes from
         self.register_buffer("surprise", torch.zeros_like(self.cost))  # weighted mean, see `observe`
         self.register_buffer(
@@ -201,13 +207,14 @@ class Gates(nn.Module):
         weight = float(self.step) + 1
         self.weights += torch.tensor([weight, weight**2, tokens], dtype=torch.float64)
         self.surprise += (found - self.surprise) * float(weight / self.weights[0])
-        seen, half = float(self.weights[2]), self.prior.clone()
+        seen, half, known = float(self.weights[2]), self.prior.clone(), self.information
         squares = self.squares / self.cost if len(self.structure.units) > 1 else self.squares
         for state in (closed, ~closed):
             typical = float(squares[state].median()) if state.any() else 0.0
             if typical > 0:
-                there = squares[state] * (self.prior[state].median() / typical)
-                half[state] += (there - half[state]) * (seen / (seen + self.scored_tokens))
+                there = squares[state] * (known[state].median() / typical)
+                grown = there / known[state].clamp_min(1e-30)
+                half[state] *= (1 + (grown - 1) * (seen / (seen + self.scored_tokens))) ** self.power
         steps = float(self.weights[0] ** 2 / self.weights[1])  # equally weighted ones that are as noisy
         self.alpha.copy_(half + steps * tokens / (steps * tokens + self.prior_tokens) * self.surprise)
         z.grad = None

@@ -30,9 +30,11 @@ from koff_prune.templates import parse
 
 BASELINES = ("magnitude", "wanda", "taylor", "fisher", "random")
 Score = Literal["magnitude", "wanda", "taylor", "fisher", "random"]
-Start = Literal["constant", "magnitude", "wanda", "taylor", "fisher", "fisher_tokens", "curvature", "random"]
+Start = Literal[
+    "constant", "magnitude", "wanda", "taylor", "fisher", "fisher_tokens", "curvature", "surgeon", "random"
+]
 Form = Literal["re_estimated", "straight_through", "hard_concrete"]
-COSTS = ("fisher", "fisher_tokens", "curvature")  # starts in nats, as re-estimated gates need them
+COSTS = ("fisher", "fisher_tokens", "curvature", "surgeon")  # starts in nats, as re-estimated gates need them
 
 
 SEED = "{seed}"  # in a local model.source: a sweep over seeds puts each seed's number there
@@ -202,8 +204,10 @@ class Gates(Section):
 
     form: Form = "re_estimated"
     start: Start = Field(
-        default="curvature",
-        description="Orders the units at first; curvature is the true Fisher, labels drawn from the model.",
+        default="surgeon",
+        description="Orders the units at first; curvature is the true Fisher, labels drawn from the model;"
+        " surgeon what is left of it when units go one after another and the others take over what they can"
+        " (without cut.compensate: curvature).",
     )
     learning_rate: Float = Field(default=0.05, ge=0, description="Of Adam; 0 keeps the start, in every form.")
     prior_tokens: Int = Field(

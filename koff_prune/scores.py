@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from koff_prune.chat import IGNORED, tokens_and_labels
 from koff_prune.plan import Scores
 from koff_prune.recipe import Structure
+from koff_prune.surgeon import elimination_costs
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, ffn_group
 
 Place = tuple[int, UnitKind]
@@ -49,6 +50,8 @@ class Statistics:
         fisher: float32 [units], sum over windows of (dL/dz)^2.
         fisher_tokens: float32 [units], sum over tokens of (x . dL/dx)^2.
         curvature: float32 [units], mean of both sums for labels that the model draws.
+        output: float32 [hidden, hidden], sum over tokens of g g^T, g = dL/d(the consumer's output) for labels
+            that the model draws; mean over draws.
         tokens: Scoring tokens seen.
     """
 
@@ -57,12 +60,14 @@ class Statistics:
     fisher: dict[Place, torch.Tensor] = field(default_factory=dict)
     fisher_tokens: dict[Place, torch.Tensor] = field(default_factory=dict)
     curvature: dict[Place, torch.Tensor] = field(default_factory=dict)
+    output: dict[Place, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything by name, for a safetensors file."""
         tables = {"second": self.second, "taylor": self.taylor, "fisher": self.fisher,
-                  "fisher_tokens": self.fisher_tokens, "curvature": self.curvature}  # fmt: skip
+                  "fisher_tokens": self.fisher_tokens, "curvature": self.curvature,
+                  "output": self.output}  # fmt: skip
         flat = {f"{t}.{i}.{kind}": v for t, table in tables.items() for (i, kind), v in table.items()}
         return {**flat, "tokens": torch.tensor(self.tokens)}
 
@@ -108,12 +113,13 @@ def collect(
     kinds = tuple(kinds)
     inputs: dict[Place, torch.Tensor] = {}
     gradients: dict[Place, torch.Tensor] = {}
+    outward: dict[Place, torch.Tensor] = {}  # gradients at the consumers' outputs
     handles = []
     for i, layer in enumerate(layers):
         for kind in kinds:
-            handles.append(
-                consumer(layer, kind).register_forward_pre_hook(_capture((i, kind), inputs, gradients))
-            )
+            module, place = consumer(layer, kind), (i, kind)
+            handles.append(module.register_forward_pre_hook(_capture(place, inputs, gradients)))
+            handles.append(module.register_forward_hook(_capture_output(place, outward)))
     embed = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -133,9 +139,13 @@ def collect(
                     for place, x in inputs.items():
                         add = _accumulate if n == 0 else _accumulate_drawn
                         add(result, place, x[0].float(), gradients[place][0].float(), units)
+                        if n > 0:
+                            g = outward[place][0].float()
+                            _add(result.output, place, (g.T @ g) / DRAWS)
             result.tokens += int(said.sum()) + 1  # what is predicted, and the token before
             inputs.clear()
             gradients.clear()
+            outward.clear()
             if progress:
                 progress(len(window))
     finally:
@@ -149,6 +159,14 @@ def _capture(place: Place, inputs: dict[Place, torch.Tensor], gradients: dict[Pl
         inputs[place] = args[0].detach()
         if args[0].requires_grad:
             args[0].register_hook(lambda g: gradients.__setitem__(place, g.detach()))
+
+    return hook
+
+
+def _capture_output(place: Place, gradients: dict[Place, torch.Tensor]) -> Any:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda g: gradients.__setitem__(place, g.detach()))
 
     return hook
 
@@ -273,16 +291,34 @@ def score_units(
 
 
 def removal_costs(
-    method: str, model: PreTrainedModel, units: Units, structure: Structure, statistics: Statistics
+    method: str,
+    model: PreTrainedModel,
+    units: Units,
+    structure: Structure,
+    statistics: Statistics,
+    ridge: float = 0.01,
 ) -> Scores:
     """What removing each unit is expected to add to the loss, in nats per token: half its Fisher information.
 
     Args:
-        method: fisher, fisher_tokens or curvature.
+        method: fisher, fisher_tokens, curvature; or surgeon: what is left of it under the compensation, when
+            the unit's turn comes.
         model: Dense.
         units: Of that model.
         structure: Where it names both kinds, costs are by parameter.
         statistics: Of that model.
+        ridge: Of the compensation, for surgeon.
     """
-    scores = score_units(method, model, units, structure, statistics)
-    return {kind: [0.5 * s / statistics.tokens for s in table] for kind, table in scores.items()}
+    if method != "surgeon":
+        scores = score_units(method, model, units, structure, statistics)
+        return {kind: [0.5 * s / statistics.tokens for s in table] for kind, table in scores.items()}
+    costs: Scores = {kind: [] for kind in KINDS}
+    for i, layer in enumerate(decoder_layers(model)):
+        for kind in structure.units:
+            place, count = (i, kind), statistics.tokens
+            cost = elimination_costs(
+                statistics.second[place] / count, consumer(layer, kind).weight.detach(),
+                statistics.output[place] / count, statistics.curvature[place] / count, ridge,
+            )  # fmt: skip
+            costs[kind].append(cost / units.layers[i].cost(kind) if len(structure.units) > 1 else cost)
+    return costs

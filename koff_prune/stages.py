@@ -25,7 +25,7 @@ from koff_prune.learn import Phase, steps_of, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
-from koff_prune.recipe import CompareRow, Learn, Memory, MemoryKind, Recipe
+from koff_prune.recipe import COSTS, CompareRow, Learn, Memory, MemoryKind, Recipe
 from koff_prune.recipe import Gates as GatesSection
 from koff_prune.run import load_tensors, save_tensors
 from koff_prune.scores import removal_costs, score_units
@@ -177,9 +177,15 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
         update={"form": arm.gates, "learning_rate": arm.gates_rate, "start": arm.gates_start}
     )
     learn = recipe.learn.model_copy(update={"gates": gates_section})
-    start, prior = _start(run, gates_section)
+    if (
+        arm.compensate == "none" and gates_section.start == "surgeon"
+    ):  # nothing takes over: what is left of it
+        gates_section = gates_section.model_copy(update={"start": "curvature"})
+    start, prior, information = _start(run, gates_section)
     scored = sum(b.scoring.numel() for b in run.domains.values())
-    gates = Gates(run.units, recipe.structure, gates_section.form, start, recipe.seed, prior, scored)
+    gates = Gates(
+        run.units, recipe.structure, gates_section.form, start, recipe.seed, prior, scored, information
+    )
     memories = memories_around(run, run.fresh(), arm, arm.learned_with or "none")
     share = _joint_share(learn)
     train_logged(
@@ -209,14 +215,21 @@ def _save_learned(
     _drop_checkpoints(folder)
 
 
-def _start(run: Run, gates: GatesSection) -> tuple[Scores | None, float | None]:
-    """The scores that gates begin from, and re-estimated gates' prior_tokens; None where they stay there."""
+def _start(run: Run, gates: GatesSection) -> tuple[Scores | None, float | None, Scores | None]:
+    """What gates begin from, and of re-estimated ones prior_tokens and information (None where they stay)."""
     if gates.start == "constant":
-        return None, None
-    if gates.form == RE_ESTIMATED and gates.learning_rate > 0:
-        costs = removal_costs(gates.start, run.dense.model, run.units, run.recipe.structure, run.statistics)
-        return costs, gates.prior_tokens
-    return baseline_scores(run, gates.start), None
+        return None, None, None
+    if gates.start not in COSTS:
+        return baseline_scores(run, gates.start), None, None
+
+    def costs(method: str) -> Scores:
+        model, structure, ridge = run.dense.model, run.recipe.structure, run.recipe.cut.ridge
+        return removal_costs(method, model, run.units, structure, run.statistics, ridge)
+
+    start = costs(gates.start)
+    if gates.form != RE_ESTIMATED or gates.learning_rate == 0:
+        return start, None, None
+    return start, gates.prior_tokens, costs("curvature") if gates.start == "surgeon" else None
 
 
 def _joint_share(learn: Learn) -> float:

@@ -1,0 +1,106 @@
+"""The order in which units go, and what each costs at its turn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_helpers import tiny_model, token_ids
+
+from koff_prune.compensate import predict
+from koff_prune.recipe import Structure
+from koff_prune.scores import collect, consumer, removal_costs
+from koff_prune.surgeon import MEND, elimination_costs
+from koff_prune.units import KINDS, read_units
+
+RIDGE = 1e-6
+
+
+def problem(
+    units: int = 24, size: int = 1, hidden: int = 6
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Second moments of correlated inputs, a weight and an output metric."""
+    torch.manual_seed(3)
+    channels = units * size
+    x = torch.randn(400, channels) @ torch.randn(channels, channels)
+    g = torch.randn(200, hidden) @ torch.randn(hidden, hidden)
+    return x.T @ x / len(x), torch.randn(hidden, channels), g.T @ g / len(g)
+
+
+def independent(second: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, size: int) -> torch.Tensor:
+    """A unit's Fisher information where inputs and gradients are independent."""
+    metric = weight.T @ output @ weight
+    parts = (metric * second).view(len(second) // size, size, -1, size)
+    return torch.stack([parts[u, :, u].sum() for u in range(len(parts))])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_costs_add_up_to_the_damage_that_compensation_leaves(size: int) -> None:
+    second, weight, output = problem(size=size)
+    information = independent(second, weight, output, size)
+    costs = elimination_costs(second, weight, output, information, RIDGE)
+    order = costs.argsort(stable=True)
+    for count in (1, 5, 12):
+        gone = order[:count]
+        drop = (gone[:, None] * size + torch.arange(size)).reshape(-1).sort().values
+        keep = torch.tensor([c for c in range(len(second)) if c not in set(drop.tolist())])
+        b = predict(second, keep, drop, RIDGE)
+        left = second[drop][:, drop] - b @ second[keep][:, drop]
+        damage = torch.trace(weight[:, drop].T @ output @ weight[:, drop] @ left) / 2
+        # a unit that goes for less than the one before it is told at that one's cost
+        assert 0.99 * damage <= costs[gone].sum() <= 1.1 * damage
+
+
+def test_what_two_say_alike_is_cheap_to_lose_once() -> None:
+    second = torch.eye(4)
+    second[0, 1] = second[1, 0] = 0.999
+    costs = elimination_costs(second, torch.eye(4), torch.eye(4), torch.ones(4), RIDGE)
+    first, twin = costs[:2].sort().values
+    assert first < 0.01
+    assert twin > costs[2:].max()  # it speaks for both now
+    assert torch.allclose(costs[2:], torch.full((2,), 0.5), atol=1e-3)
+
+
+def test_information_corrects_what_independence_gets_wrong() -> None:
+    second, weight, output = torch.eye(3), torch.eye(3), torch.eye(3)
+    costs = elimination_costs(second, weight, output, torch.tensor([4.0, 1.0, 2.0]), RIDGE)
+    assert torch.allclose(costs, torch.tensor([1.0, 0.5, 0.5 * 2**MEND]), atol=1e-3)
+
+
+def test_costs_of_a_model_see_what_others_take_over() -> None:
+    """Units that stay say for a unit what they can, so that the first of a layer goes for less than alone."""
+    model = tiny_model()
+    units, structure = read_units(model), Structure(units=list(KINDS))
+    found = collect(model, units, KINDS, token_ids(5, 12, seed=4))
+    costs = removal_costs("surgeon", model, units, structure, found, RIDGE)
+    for kind in KINDS:
+        for i, mine in enumerate(costs[kind]):
+            place, have = (i, kind), units.layers[i]
+            weight, size = consumer(model.model.layers[i], kind).weight, have.queries * have.head_dim
+            size = size if kind == "kv_groups" else 1
+            alike = independent(found.second[place] / found.tokens, weight, found.output[place], size)
+            alone = (alike * found.curvature[place]).sqrt() / found.tokens / have.cost(kind) / 2
+            assert mine.shape == (have.count(kind),)
+            assert 0 < mine.min() < alone.min()
+
+
+def test_output_moments_are_those_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W^T G W is what drawn labels give at the consumer's input."""
+    model = tiny_model()
+    units = read_units(model)
+    seen: list[torch.Tensor] = []
+    weight = consumer(model.model.layers[0], "ffn_neurons").weight
+    from koff_prune import scores
+
+    before = scores._accumulate_drawn
+
+    def watch(
+        result: object, place: tuple[int, str], x: torch.Tensor, g: torch.Tensor, units: object
+    ) -> None:
+        if place == (0, "ffn_neurons"):
+            seen.append(g.clone())
+        before(result, place, x, g, units)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scores, "_accumulate_drawn", watch)
+    found = collect(model, units, ["ffn_neurons"], token_ids(3, 12, seed=4)).output[(0, "ffn_neurons")]
+    g = torch.cat(seen)
+    assert torch.allclose(weight.T @ found @ weight, g.T @ g / scores.DRAWS, rtol=1e-3, atol=1e-9)
