@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 from model_helpers import tiny_model, token_ids
+from run_helpers import recipe_of
 
+import koff_prune
 from koff_prune.compensate import predict
 from koff_prune.recipe import Structure
 from koff_prune.scores import collect, consumer, removal_costs
@@ -104,3 +109,19 @@ def test_output_moments_are_those_of_the_gradient(monkeypatch: pytest.MonkeyPatc
     found = collect(model, units, ["ffn_neurons"], token_ids(3, 12, seed=4)).output[(0, "ffn_neurons")]
     g = torch.cat(seen)
     assert torch.allclose(weight.T @ found @ weight, g.T @ g / scores.DRAWS, rtol=1e-3, atol=1e-9)
+
+
+def test_without_compensation_nothing_takes_over(tmp_path: Path) -> None:
+    """Then the start is the curvature itself; with it, another one."""
+    plans = {}
+    for start, compensate in itertools.product(("surgeon", "curvature"), ("none", "least_squares")):
+        folder = tmp_path / f"{start}-{compensate}"
+        gates = {"start": start, "learning_rate": 0}
+        recipe = recipe_of(
+            folder, cut={"compensate": compensate}, structure={"sparsity": 0.2},
+            learn={"tokens": 64, "settle_tokens": 0, "gates": gates},
+        )  # fmt: skip
+        plans[start, compensate] = koff_prune.plan(recipe, folder / "run").digest
+    assert plans["surgeon", "none"] == plans["curvature", "none"]
+    assert plans["surgeon", "least_squares"] != plans["curvature", "least_squares"]
+    assert plans["curvature", "none"] == plans["curvature", "least_squares"]
