@@ -6,9 +6,9 @@ as PEFT wrapped it, so that LoRA sees the gated input too. Three forms behind on
 * re-estimated: the hard mask of the units of lowest cost at the step's target, where a unit's cost is what
   its removal is expected to add to the loss, to second order (LeCun et al. 1989, "Optimal Brain Damage", with
   the first-order term kept: here it is not zero), in nats per token: h/2, h being the Fisher information of
-  its gate on the scoring text and on what the memories learn from, minus the mean gradient of its gate while
-  they learn. A mean over n tokens is shrunk by n / (n + prior_tokens), signal over signal and noise: the
-  variance of both is proportional to h.
+  its gate on the scoring text and on what the memories learn from (`surgeon.py`: what is left of it at the
+  unit's turn), minus the mean gradient of its gate while they learn. A mean over n tokens is shrunk by
+  n / (n + prior_tokens), signal over signal and noise: the variance of both is proportional to h.
 * hard concrete (Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization", 2.2): a
   stretched binary concrete sample, one draw per optimizer step from a generator seeded by (seed, step);
   expected sparsity held at its target by an augmented Lagrangian (CoFi, Xia et al. 2022; Sheared-LLaMA, Xia
@@ -192,7 +192,7 @@ class Gates(nn.Module):
         whole curvature in it, which is taken out as the share of the prior that fits all closed units
         best. Later steps weigh more, as their number: what the memories have yet to learn is not the mask's.
         What `squares` has gathered tells h of a training text up to a factor, one for the open and one for
-        the closed units, and is pooled with the prior by tokens.
+        the closed units, and is pooled with that of the scoring text by tokens; the start grows with it.
 
         Args:
             tokens: That the step's gradient is a mean over.

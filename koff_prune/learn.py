@@ -15,27 +15,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors
 from koff_prune import ranks
-from koff_prune.chat import IGNORED, tokens_and_labels
-from koff_prune.compensate import Compensation, PredictionHooks
+from koff_prune.compensate import Compensation
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.interrupt import Interruption
-from koff_prune.loss import head_loss
+from koff_prune.learner import Learner
 from koff_prune.memory import Memories
-from koff_prune.progress import say
 from koff_prune.recipe import Learn
 from koff_prune.windows import DomainWindows
 
 STATE = "state.safetensors"
-GATES = ":gates/"  # before the names of their tensors; no domain is called so
 COMPLETE = "complete"  # the marker inside a whole checkpoint
-SKIPS = 16  # batches that are not finite, in one step or in neighbouring ones, before skipping gives up
 LATE = 0.1  # share of the learning rate that is left at the end
 
 
@@ -51,130 +46,6 @@ class Phase:
     tokens: int
     begin: float
     end: float
-
-
-class Learner(nn.Module):
-    """Gates, memories and the frozen model as one module for the Trainer; forward gives the loss.
-
-    Args:
-        memories: Around the dense model (joint) or a backbone (settling).
-        gates: None where the plan is fixed.
-        compensation: Predicts closed straight-through units while learning; None for none.
-        learn: Loss weights.
-        loop: Domains in the order of training.
-    """
-
-    def __init__(
-        self,
-        memories: Memories,
-        gates: Gates | None,
-        compensation: Compensation | None,
-        learn: Learn,
-        hooks: GateHooks | None,
-    ) -> None:
-        super().__init__()
-        self.model, self.gates, self.loss = memories.model, gates, learn.loss
-        self.kv = nn.ModuleList(memories.kv.values())
-        self.memories, self.hooks = memories, hooks
-        self.predictions = None
-        if gates is not None and compensation is not None and gates.form != "hard_concrete":
-            self.predictions = PredictionHooks(memories.model, compensation)
-        self._closed: Any = None
-        self.step = 0
-        self.skips = learn.non_finite == "skip"
-        self.skipped, self.last_skipped = 0, -2  # in a row, and the step of the last
-
-    def begin_step(self, step: int, target: float) -> None:
-        """Draws the step's mask, and solves its prediction where the mask changed."""
-        self.step = step
-        if self.gates is None:
-            return
-        self.gates.advance(step, target)
-        if self.predictions is not None:
-            kept = self.gates.kept_now()
-            if kept != self._closed:
-                self._closed = kept
-                self.predictions.refresh(kept, next(self.memories.base.parameters()).dtype)
-
-    def forward(self, input_ids: torch.Tensor, domain: torch.Tensor) -> torch.Tensor:
-        """Loss in nats per token of windows int64 [batch, window] of one domain.
-
-        Raises:
-            KoffError: It is not finite.
-        """
-        memories = self.memories
-        name = memories.domains[int(domain[0])]
-        hidden, head = memories.base.model, memories.base.get_output_embeddings().weight
-        input_ids, labels = tokens_and_labels(input_ids)
-        labels = labels[:, 1:].reshape(-1)
-        said = labels != IGNORED
-        teacher = None
-        if self.loss.kl > 0:
-            teacher = self._dense(hidden, input_ids)
-        memories.activate(name)
-        if self.gates is not None and self.hooks is not None:
-            self.hooks.set(self.gates, self.gates.draw())
-            if self.predictions is not None:
-                self.predictions.z = self.hooks.z
-        with memories.autocast():
-            out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state
-        out = out[:, :-1].reshape(-1, out.shape[-1])
-        if not said.all():
-            out, labels = out[said], labels[said]
-            teacher = teacher[said] if teacher is not None else None
-        loss = head_loss(out, head, labels, teacher, ce=self.loss.ce, kl=self.loss.kl)
-        if not math.isfinite(value := float(loss.detach())):
-            self._not_finite(f"the loss is {value} at step {self.step + 1}, on a batch of {name}")
-            return torch.zeros((), requires_grad=True)  # nothing to learn from
-        return loss
-
-    def _not_finite(self, what: str) -> None:
-        """Stops, or under `non_finite: skip` says what is left out; too often in a row is no accident.
-
-        Raises:
-            KoffError: See above.
-        """
-        mend = "lower learn.rates or learn.gates.learning_rate"
-        if not self.skips:
-            raise KoffError(f"learn: {what}; {mend}")
-        self.skipped = (self.skipped if self.step - self.last_skipped <= 1 else 0) + 1
-        self.last_skipped = self.step
-        if self.skipped > SKIPS:
-            raise KoffError(f"learn: {what}, after {SKIPS} others that were skipped; {mend}")
-        say(f"skipped: {what}")
-
-    @torch.no_grad()
-    def _dense(self, hidden: Any, input_ids: torch.Tensor) -> torch.Tensor:
-        with self.memories.off():
-            if self.hooks is not None:
-                self.hooks.z = {}
-            if self.predictions is not None:
-                self.predictions.z = {}
-            out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-        return out.reshape(-1, out.shape[-1])
-
-    def trained(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint must hold, by name, detached."""
-        state = {}
-        for name in self.memories.domains:
-            for part, tensors in self.memories.tensors(name).items():
-                state.update({f"{name}/{part}/{k}": v for k, v in tensors.items()})
-        if self.gates is not None:
-            state.update({GATES + name: tensor for name, tensor in self.gates.state().items()})
-        return state
-
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """The reverse of `trained`, in place, so that the optimizer keeps its parameters."""
-        for name in self.memories.domains:
-            mine = {k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")}
-            parts: dict[str, dict[str, torch.Tensor]] = {}
-            for key, tensor in mine.items():
-                part, _, rest = key.partition("/")
-                parts.setdefault(part, {})[rest] = tensor
-            self.memories.load(name, parts)
-        if self.gates is not None:
-            mine = {k.removeprefix(GATES): v for k, v in state.items() if k.startswith(GATES)}
-            self.gates.load(mine)
 
 
 class _StepCallback(TrainerCallback):
@@ -253,7 +124,7 @@ class LearnTrainer(Trainer):
             if self.learner.skips and not all(
                 torch.isfinite(p.grad).all() for p in learned if p.grad is not None
             ):
-                self.learner._not_finite(f"a gradient is not finite at step {self.learner.step + 1}")
+                self.learner.not_finite(f"a gradient is not finite at step {self.learner.step + 1}")
                 for p in learned:
                     p.grad = torch.zeros_like(p)
         return loss

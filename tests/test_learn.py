@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import signal
 from pathlib import Path
@@ -15,9 +14,11 @@ from model_helpers import memories_on, random_scores, tiny_model, tiny_shape, to
 from transformers import PreTrainedModel
 
 from koff_export.errors import KoffError
+from koff_prune import learner
 from koff_prune.compensate import Compensation
 from koff_prune.gates import Gates
-from koff_prune.learn import DomainWindows, Learner, LearnTrainer, Phase, steps_of, train, whole_checkpoints
+from koff_prune.learn import DomainWindows, LearnTrainer, Phase, steps_of, train, whole_checkpoints
+from koff_prune.learner import Learner
 from koff_prune.memory import Memories
 from koff_prune.recipe import Learn, Structure
 from koff_prune.scores import collect
@@ -249,15 +250,13 @@ def test_a_batch_that_is_not_finite_can_be_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One bad batch costs itself alone; a memory that stays broken is not skipped for ever."""
-    module = importlib.import_module("koff_prune.learn")  # the package's `learn` is a function
-
-    healthy, calls = module.head_loss, []
+    healthy, calls = learner.head_loss, []
 
     def sometimes(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
         return healthy(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(module, "head_loss", sometimes)
+    monkeypatch.setattr(learner, "head_loss", sometimes)
     memories, gates = start()
     skipping = section().model_copy(update={"non_finite": "skip"})
     train(memories, WINDOWS, skipping, Phase(TOKENS, 0, 1), tmp_path / "a", gates=gates, sparsity=0.3)
