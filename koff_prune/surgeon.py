@@ -13,8 +13,7 @@ channels u costs
 
 where the first factor takes inputs and gradients for independent and the second mends that: h_u is the unit's
 own Fisher information, h'_u what independence makes of it (twice the first factor, with nothing removed).
-h'_u is wrong and h_u is noisy, so MEND goes half of the way between their logarithms: measured in
-docs/results/smollm2-starts.json.
+h'_u is wrong and h_u is noisy, so MEND goes half of the way between their logarithms.
 """
 
 from __future__ import annotations
