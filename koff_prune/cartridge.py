@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from koff_export.bundle import check_file, open_manifest
 from koff_export.errors import KoffError
 from koff_export.files import staged_dir
+from koff_prune.bundle_memories import inspect_memory
 from koff_prune.memory import MEMORY_FILES, KvMemory, load_memory
 
 
@@ -32,15 +33,12 @@ def write_cartridge(bundle: Path, name: str, target: Path) -> bool:
     Raises:
         KoffError: No such memory, no cache in it, layers of differing KV width, or a target that is there.
     """
-    manifest = open_manifest(bundle)
-    if name not in manifest.domains:
-        raise KoffError(f"{bundle}: has no memory {name!r}; it has {', '.join(sorted(manifest.domains))}")
+    files = inspect_memory(bundle, name)["files"]
     if target.exists():
         raise KoffError(f"{target}: is there already; remove it or name another folder")
-    folder = f"memories/{name}"
-    for file in manifest.files:
-        if file.startswith(f"{folder}/"):
-            check_file(bundle, manifest, file)
+    manifest, folder = open_manifest(bundle), f"memories/{name}"
+    for file in files:
+        check_file(bundle, manifest, file)
     tensors = load_memory(bundle / folder)
     if "kv" not in tensors:
         raise KoffError(

@@ -31,13 +31,13 @@ from transformers import (
 
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors, read_json, sha256_file, staged_dir
+from koff_prune.gguf_check import check_gguf
 from koff_prune.packages import cache_dir, cached_files, fetch_files
 from koff_prune.recipe import ModelSection, PackageFile
 
 # Model types whose units are known. The tests cut and reload tiny models of each proven one.
 PROVEN = ("llama", "qwen2", "qwen3", "gemma3_text")
 EXPECTED = ("mistral",)
-_GGUF_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 # Without their first token these models see text that they were never trained on; a tokenizer that came out
 # of a GGUF file does not always add it.
 _NEED_BOS = ("gemma3_text",)
@@ -369,41 +369,3 @@ def _clean(config: PretrainedConfig) -> PretrainedConfig:
     for key in ("quantization_config", "_model_name_or_path"):
         data.pop(key, None)
     return type(config).from_dict(data)
-
-
-def check_gguf(path: Path) -> None:
-    """Refuses a file that is no GGUF, is truncated, or holds an architecture that is not supported.
-
-    Raises:
-        KoffError: One of these, with the mend.
-    """
-    from gguf import GGUFReader  # slow to import, and needed only before the conversion
-
-    with open(path, "rb") as file:
-        start = file.read(8)
-    if start[:4] != b"GGUF":
-        raise KoffError(f"{path} is not a GGUF file (it does not start with 'GGUF'): fetch it again")
-    try:
-        reader = GGUFReader(path)
-        end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
-        field = reader.get_field("general.architecture")
-        architecture = str(field.contents()) if field else ""
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        OverflowError,
-        UnicodeDecodeError,
-        MemoryError,
-        TypeError,
-    ) as error:
-        raise KoffError(f"{path} is a truncated or damaged GGUF file: fetch it again") from error
-    if end == 0 or end > path.stat().st_size:
-        raise KoffError(
-            f"{path} is a truncated GGUF file: {end} bytes are described, {path.stat().st_size} are there"
-        )
-    if architecture not in _GGUF_TYPES:
-        raise KoffError(
-            f"{path} holds a model of architecture '{architecture}'; "
-            f"supported in GGUF are {', '.join(_GGUF_TYPES)}"
-        )

@@ -25,9 +25,9 @@ from transformers import (
 
 from koff_export.errors import KoffError
 from koff_prune import models
+from koff_prune.gguf_check import check_gguf
 from koff_prune.models import (
     check_architecture,
-    check_gguf,
     config_sha256,
     first_token,
     open_config,

@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from koff_export.adapter import first_line, open_adapter
 from koff_export.bundle import Manifest, check_file, open_manifest
+from koff_export.cached import CachedText
 from koff_export.errors import KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx, is_slot
@@ -25,30 +26,6 @@ if TYPE_CHECKING:
 _CHUNK = 256
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ADAPTERS = "onnx/memories"
-
-
-class _Text:
-    """One text on its way through the graph: its cache, one row, and how many tokens it holds."""
-
-    def __init__(self, runtime: Runtime, memory: str | None) -> None:
-        self.runtime = runtime
-        self.options = runtime.run_options(memory)
-        self.past = runtime.empty_cache
-        self.length = 0
-
-    def read(self, tokens: Sequence[int]) -> np.ndarray:
-        """Appends `tokens`; returns their logits, float32 [len(tokens), vocabulary]."""
-        end = self.length + len(tokens)
-        feeds = {
-            "input_ids": np.array([tokens], dtype=np.int64),
-            "attention_mask": np.ones((1, end), dtype=np.int64),
-            "position_ids": np.arange(self.length, end, dtype=np.int64)[None],
-        }
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        logits, *present = self.runtime.run({**values, **self.past}, self.options)
-        self.past = dict(zip(self.past, present, strict=True))
-        self.length = end
-        return logits.numpy()[0].astype(np.float32, copy=False)
 
 
 class Runtime:
@@ -311,7 +288,7 @@ class Runtime:
         top_p: float,
         random: np.random.Generator,
     ) -> Iterator[int]:
-        text = _Text(self, memory)
+        text = CachedText(self, memory)
         pending = list(ids)
         for _ in range(self.room(ids, memory, max_new_tokens)):
             for at in range(0, len(pending), _CHUNK):
@@ -379,7 +356,7 @@ class Runtime:
         total, count = 0.0, 0
         for window in windows:
             self.check_tokens(window, memory)
-            text = _Text(self, memory)
+            text = CachedText(self, memory)
             for at in range(0, len(window) - 1, _CHUNK):
                 given = window[at : min(at + _CHUNK, len(window) - 1)]
                 logits = text.read(given)
@@ -393,7 +370,7 @@ class Runtime:
     def logits(self, tokens: Sequence[int], memory: str | None = None) -> np.ndarray:
         """Logits after every one of `tokens`, float32 [len(tokens), vocabulary]."""
         self.check_tokens(tokens, memory)
-        return _Text(self, memory).read(tokens)
+        return CachedText(self, memory).read(tokens)
 
     def windows(self, text: str) -> list[list[int]]:
         """Cuts `text` into the manifest's evaluation windows: `window` tokens, the leading `bos` counted.
