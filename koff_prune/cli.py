@@ -276,4 +276,7 @@ def _fail(*lines: str) -> NoReturn:
 
 
 def _interrupt(*_: object) -> None:
+    ranks = sys.modules.get("koff_prune.ranks")
+    if ranks is not None and ranks.has_lost_another():
+        return  # the launcher stops those that are left; this one is leaving, and has yet to say why
     raise KeyboardInterrupt

@@ -27,6 +27,7 @@ class _State:
     rank, world = 0, 1
     depth = 0  # of nested turns
     training = False  # here alone may one process fail without the others
+    lost = False  # another: this one is on its way out
 
 
 def join() -> None:
@@ -99,11 +100,17 @@ def training() -> Iterator[None]:
     except RuntimeError as error:
         # gloo tells a lost neighbour as a RuntimeError of its sockets
         if _State.world > 1 and any(word in str(error) for word in ("gloo", "Connection", "recv", "peer")):
+            _State.lost = True
             raise KoffError(
                 f"process {_State.rank} of {_State.world} lost another; see its message, then use --resume"
             ) from error
         raise
     _State.training = False
+
+
+def has_lost_another() -> bool:
+    """Whether another process is gone, so that this one is leaving already."""
+    return _State.lost
 
 
 def agree(answer: bool) -> bool:

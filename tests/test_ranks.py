@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,13 +101,31 @@ def test_a_process_that_dies_loses_no_more_than_a_checkpoint(
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: process 0 of 2 lost another; see its message, then use --resume"
-    ]
+    ], done.stderr
     assert not (tmp_path / "run" / "gates.safetensors").exists()
     assert list((tmp_path / "run" / "checkpoints" / "learning").glob("checkpoint-*/complete"))
     # as many processes as one likes may go on
     assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "run", "--resume").code == 0
     assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "whole").code == 0
     assert (tmp_path / "run" / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+
+
+def test_a_launcher_that_stops_the_survivor_does_not_silence_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from koff_export.errors import KoffError
+    from koff_prune import cli, ranks
+
+    monkeypatch.setattr(ranks._State, "world", 2)
+    monkeypatch.setattr(ranks._State, "training", False)
+    monkeypatch.setattr(ranks._State, "lost", False)
+    before = signal.signal(signal.SIGTERM, cli._interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KoffError, match="lost another"), ranks.training():
+            raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.timeout(200)
