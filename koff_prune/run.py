@@ -21,7 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from koff_export.errors import KoffError
-from koff_export.files import disk_errors, read_json, recover, write_json
+from koff_export.files import disk_errors, read_json, recover, recover_below, write_json, write_text
 from koff_prune import ranks
 from koff_prune.chat import tokens
 from koff_prune.progress import bar, say
@@ -120,6 +120,7 @@ class Run:
         from koff_prune.models import native_dtype
 
         stamp = self.folder / "run.json"
+        recover(stamp)
         if stamp.exists():
             seen = read_json(stamp)
             if seen.get("recipe") != self.digest:
@@ -131,14 +132,10 @@ class Run:
                 raise KoffError(
                     f"{self.folder}: holds a run of this recipe; continue it with --resume, or choose --out"
                 )
+            recover_below(self.folder)  # here alone: in a folder that is no run, nothing is ours to remove
         elif any(p.name != ".lock" for p in self.folder.iterdir()):
             raise KoffError(f"{self.folder}: is not empty and holds no run; choose another --out")
-        recover(self.folder / "bundle")
-        recover(self.folder / "backbone")
-        if not stamp.exists():
-            self.write_text(
-                "recipe.yaml", yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-            )
+        if not stamp.exists():  # first of all files: whatever a kill leaves is known as this run's
             write_json(
                 stamp,
                 {
@@ -148,6 +145,9 @@ class Run:
                     "versions": versions(),
                 },
             )
+        if not (self.folder / "recipe.yaml").exists():
+            resolved = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+            write_text(self.folder / "recipe.yaml", resolved)
         # resolved once: a run that moves to another machine goes on in the type that it began in
         dtype = read_json(stamp).get("dtype", self.recipe.model.dtype)
         model = self.recipe.model.model_copy(update={"dtype": dtype})
@@ -162,17 +162,6 @@ class Run:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def write_text(self, name: str, text: str) -> None:
-        """Writes a file of the run directory aside and renames it."""
-        path = self.folder / name
-        aside = path.with_name(f".{path.name}.tmp")
-        with disk_errors(path):
-            try:
-                aside.write_text(text, encoding="utf-8")
-                os.replace(aside, path)
-            finally:
-                aside.unlink(missing_ok=True)
 
     @cached_property
     def dense(self) -> Dense:
@@ -222,7 +211,7 @@ class Run:
             lines = folder / f"{name}.heldout.jsonl"
             if not lines.exists():  # the very windows of the report, for `koff-run --score`
                 text = "".join(json.dumps({"tokens": w}) + "\n" for w in tokens(blocks.heldout).tolist())
-                self.write_text(f"domains/{lines.name}", text)
+                write_text(lines, text)
         return result
 
     @cached_property

@@ -322,7 +322,8 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
                 with staged_dir(done) as aside:
                     for name in memories.domains:
                         save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
-                _drop_checkpoints(folder)
+    if not ranks.rank():
+        _drop_checkpoints(folder)  # also after a kill between the memories and this line
     for name in memories.domains:
         memories.load(name, load_memory(done / name))
     return memories
@@ -330,8 +331,9 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
 
 def _drop_checkpoints(folder: Path) -> None:
     """What a finished stage no longer needs; its log stays."""
-    for old in (folder / "checkpoints").glob("*/checkpoint-*"):
-        shutil.rmtree(old)
+    for pattern in ("*/checkpoint-*", "*/.writing"):
+        for old in (folder / "checkpoints").glob(pattern):
+            shutil.rmtree(old)
 
 
 def train_logged(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from model_helpers import tiny_config
 from run_helpers import koff_prune, memory_bytes, recipe_of
 
 import koff_prune as package
+from koff_export.errors import KoffError
 from koff_export.files import read_json, sha256_file
 from koff_prune.learn import LearnTrainer, whole_checkpoints
 from koff_prune.memory import load_memory
@@ -173,6 +175,37 @@ def test_kill_9_anywhere_then_resume(whole: Path, place: Path, capsys: pytest.Ca
     assert answer.code == 0, answer.err
     same(whole, out)
     assert not [p for p in out.iterdir() if ".tmp" in p.name or ".old" in p.name]
+
+
+def test_a_kill_before_the_first_stage_or_beside_a_file(whole: Path, place: Path) -> None:
+    """What is half-written goes; a folder that is not ours keeps even what looks like it."""
+    stray = ".statistics.safetensors.999999999.tmp"
+    out = place / "early"
+    (out / "domains").mkdir(parents=True)
+    (out / ".run.json.999999999.tmp").write_text("{")
+    (out / "run.json").write_bytes((whole / "run.json").read_bytes())  # killed before recipe.yaml
+    (out / stray).write_bytes(b"half")
+    (out / "domains" / ".law.safetensors.999999999.tmp").write_bytes(b"half")
+    with Run(load_recipe(place / "recipe.yaml"), out, resume=True):
+        assert sorted(p.name for p in out.iterdir()) == [".lock", "domains", "recipe.yaml", "run.json"]
+    assert (out / "recipe.yaml").read_bytes() == (whole / "recipe.yaml").read_bytes()
+    assert not list((out / "domains").iterdir())
+    foreign = place / "foreign"
+    foreign.mkdir()
+    (foreign / stray).write_bytes(b"theirs")
+    with pytest.raises(KoffError, match="holds no run"):
+        Run(load_recipe(place / "recipe.yaml"), foreign, resume=True)
+    assert (foreign / stray).exists()
+
+
+def test_a_kill_between_memories_and_checkpoints(whole: Path, place: Path) -> None:
+    """Checkpoints of finished stages do not stay for ever."""
+    out = place / "late"
+    shutil.copytree(whole, out)
+    for name in ("learning/checkpoint-4", "settling/.writing"):
+        (out / "checkpoints" / name).mkdir(parents=True)
+    package.cut(place / "recipe.yaml", out, resume=True)
+    assert {p.name for p in out.glob("checkpoints/*/*")} == {"log.json"}
 
 
 @pytest.mark.parametrize("phase", ["learning", "settling"])

@@ -158,9 +158,9 @@ def _alive(pid: int) -> bool:
 
 
 def recover(destination: str | os.PathLike[str]) -> None:
-    """Clears up after runs that died inside `staged_dir(destination)`.
+    """Clears up after runs that died while writing `destination`, a file or a folder.
 
-    A folder that was moved aside and never replaced comes back; half-written folders go. Those of live
+    A folder that was moved aside and never replaced comes back; what is half-written goes. Those of live
     processes stay.
     """
     target = Path(destination)
@@ -177,6 +177,13 @@ def recover(destination: str | os.PathLike[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def recover_below(folder: str | os.PathLike[str]) -> None:
+    """`recover` for everything below `folder`: what a kill left half-written may be large."""
+    for path in sorted(Path(folder).rglob(".*")):
+        if match := re.fullmatch(r"\.(.+)\.\d+\.(tmp|old)", path.name):
+            recover(path.with_name(match[1]))
 
 
 @contextmanager

@@ -14,7 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 from koff_export.errors import KoffError
-from koff_export.files import check_safetensors, read_json, recover, safe_join, staged_dir, write_json
+from koff_export.files import (
+    check_safetensors,
+    read_json,
+    recover,
+    recover_below,
+    safe_join,
+    staged_dir,
+    write_json,
+)
 
 EXPORT = str(Path(__file__).parents[2] / "export")
 
@@ -64,6 +72,18 @@ with staged_dir({str(target)!r}) as stage:
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     recover(target)
     assert names(target) == ["old"] and names(tmp_path) == ["bundle"]
+
+
+def test_what_killed_runs_left_anywhere_is_cleared(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True)
+    pid, mine = int(dead.stdout), os.getppid()
+    deep = tmp_path / "rows" / "arm"
+    (deep / f".memories.{pid}.old").mkdir(parents=True)
+    (deep / f".memories.{pid}.tmp").mkdir()
+    for name in ("plan.json", f".plan.json.{pid}.tmp", f".plan.json.{mine}.tmp", ".notes.tmp"):
+        (deep / name).write_text("x")
+    recover_below(tmp_path)
+    assert names(deep) == sorted([f".plan.json.{mine}.tmp", ".notes.tmp", "memories", "plan.json"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""kill -9 at random moments of every stage: no finished stage is lost, and every run ends alike."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from run_helpers import memory_bytes, recipe_of
+
+from koff_export.bundle import check_files, open_manifest
+from koff_export.files import check_safetensors, read_json, sha256_file
+from koff_prune.plan import Plan
+
+# What the end of each stage leaves behind, in their order.
+LANDMARKS = {"read": "statistics.safetensors", "learn": "gates.safetensors", "cut": "backbone",
+             "settle": "memories", "compare": "report.html", "export": "bundle"}  # fmt: skip
+STAGES = list(LANDMARKS)
+KEPT = ("domains", "statistics.safetensors", "gates.safetensors", "learned", "plan.json", "backbone",
+        "memories", "bundle")  # fmt: skip
+ONNX = {"formats": ["safetensors", "onnx"], "onnx": {"precision": ["fp32"]}}
+
+# Every process is forked from one that has imported everything: the moments lie in the stages.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["koff_prune.api", "koff_prune.cli", "koff_prune.learn"])
+
+
+def koff_apply(recipe: str, out: str, log: str) -> None:
+    """`koff-prune apply --resume` as the leader of a process group of its own; both streams go to `log`."""
+    os.setsid()
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    from koff_prune.cli import main
+
+    sys.argv = ["koff-prune", "apply", recipe, "--out", out, "--resume", "--threads", "1"]
+    main()
+
+
+class Trial:
+    """One run directory, its processes and what they have finished."""
+
+    def __init__(self, place: Path, name: str) -> None:
+        self.recipe, self.out, self.log = place / "recipe.yaml", place / name, place / f"{name}.log"
+        self.finished: dict[Path, tuple[int, str]] = {}
+
+    def begin(self) -> multiprocessing.process.BaseProcess:
+        arguments = tuple(map(str, (self.recipe, self.out, self.log)))
+        process = CONTEXT.Process(target=koff_apply, args=arguments)
+        process.start()
+        while process.is_alive() and os.getpgid(process.pid) != process.pid:  # type: ignore[arg-type]
+            time.sleep(0.0005)
+        return process
+
+    def stage(self) -> str:
+        """The stage that is being worked on."""
+        return next((s for s in STAGES if not (self.out / LANDMARKS[s]).exists()), "done")
+
+    def end(self) -> dict[str, float]:
+        """Lets it end by itself; seconds that each stage took."""
+        process, times, before = self.begin(), {}, time.monotonic()
+        while process.is_alive():
+            done = [s for s in STAGES if s not in times and (self.out / LANDMARKS[s]).exists()]
+            for name in done:
+                times[name], before = time.monotonic() - before, time.monotonic()
+            time.sleep(0.002)
+        assert process.exitcode == 0, self.log.read_text()[-3000:]
+        return times
+
+    def kill(self, after: str | None, delay: float) -> str:
+        """Runs until `delay` seconds after the landmark of `after`; the stage that was hit."""
+        process = self.begin()
+        while process.is_alive() and after and not (self.out / LANDMARKS[after]).exists():
+            time.sleep(0.001)
+        process.join(delay)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), self.log.read_text()[-3000:]
+        return self.stage() if process.exitcode else "done"
+
+    def check(self) -> None:
+        """What is there is whole, and what was finished before is as it was."""
+        for path in self.files():
+            if path.suffix == ".safetensors":
+                check_safetensors(path)
+            elif path.suffix == ".json":
+                read_json(path)
+        if (self.out / "plan.json").exists():
+            Plan.load(self.out / "plan.json")
+        if (self.out / "bundle").exists():
+            check_files(self.out / "bundle", open_manifest(self.out / "bundle"))
+        for path, (changed, digest) in self.finished.items():
+            assert path.exists(), f"{path} was lost"
+            assert path.stat().st_mtime_ns == changed, f"{path} was made again"
+            assert sha256_file(path) == digest, f"{path} has changed"
+        done = STAGES.index(self.stage()) if self.stage() != "done" else len(STAGES)
+        # learned/ is finished once gates.safetensors says so
+        kept = [k for k in KEPT if k != "learned" or done > STAGES.index("learn")]
+        for path in self.files():
+            if path.relative_to(self.out).parts[0] in kept:
+                self.finished[path] = (path.stat().st_mtime_ns, sha256_file(path))
+
+    def files(self) -> list[Path]:
+        return [p for k in KEPT for p in sorted((self.out / k).rglob("*") if (self.out / k).is_dir() else
+                [self.out / k]) if p.is_file() and ".tmp" not in str(p)]  # fmt: skip
+
+
+def outcome(run: Path) -> dict[str, object]:
+    """Everything that two runs of one recipe must agree on."""
+    manifest = read_json(run / "bundle" / "koff.json")
+    return {
+        "plan": Plan.load(run / "plan.json").digest,
+        "gates": sha256_file(run / "gates.safetensors"),
+        "backbone": {p.name: sha256_file(p) for p in sorted((run / "backbone").iterdir())},
+        "memories": {(kind, name): memory_bytes(run / kind, name)
+                     for kind in ("learned", "memories") for name in ("law", "code")},
+        "perplexity": [row["perplexity"] for row in read_json(run / "report.json")["rows"]],
+        "bundle": manifest["files"],
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats,trials", [("safetensors", 40), ("onnx", 12)])
+def test_kills_at_random_moments(formats: str, trials: int, tmp_path: Path) -> None:
+    """40 runs that end with a bundle for torch, and 12 whose long stage is the export of ONNX."""
+    if formats == "onnx":
+        recipe_of(tmp_path, export=ONNX)
+    else:
+        recipe_of(tmp_path, learn={"tokens": 1536, "settle_tokens": 768})
+    whole = Trial(tmp_path, "whole")
+    times = whole.end()
+    expected = outcome(whole.out)
+    chance = random.Random(formats)
+    hits: Counter[str] = Counter()
+    for n in range(trials):
+        trial = Trial(tmp_path, f"trial-{n}")
+        aim = STAGES[n % len(STAGES)] if formats == "safetensors" else "export"
+        before = STAGES[STAGES.index(aim) - 1] if aim != "read" else None
+        # a little beyond the stage's own length, so that its last moments are hit too
+        hits[trial.kill(before, chance.uniform(0, 1.1) * times[aim])] += 1
+        trial.check()
+        for _ in range(chance.randrange(3)):
+            hits[trial.kill(None, chance.uniform(0, 1) * sum(times.values()))] += 1
+            trial.check()
+        trial.end()
+        trial.check()
+        assert outcome(trial.out) == expected, f"trial {n} ended otherwise"
+        left = [str(p) for p in trial.out.rglob("*") if p.name.startswith((".", "checkpoint-"))]
+        assert left == [str(trial.out / ".lock")]
+    print(json.dumps({"seconds": times, "killed in": hits, "kills": sum(hits.values()) - hits["done"]}))
+    assert all(hits[stage] for stage in (STAGES if formats == "safetensors" else ["export"])), hits
