@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from koff_prune.architecture import native_dtype
+from koff_prune.needs import Needs, dry_plan, memory_parameters, needs
 from koff_prune.recipe import Recipe
 
 GIB = 2**30
@@ -21,17 +23,13 @@ def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0) 
     Raises:
         KoffError: No config.json is at hand, or the target cannot be reached.
     """
-    from koff_prune.needs import dry_plan, memory_parameters, needs
-
     found = dry_plan(recipe)
     units, plan = found["units"], found["plan"]
     first = units.layers[0]
     slim, dense = plan.parameters["slim"], plan.parameters["dense"]
-    memory, need = (
-        memory_parameters(recipe, found["config"], plan),
-        needs(recipe, found["config"], units, plan),
-    )
-    each = need.weights / dense
+    memory = memory_parameters(recipe, units, plan)
+    each = 4 if native_dtype(recipe.model.dtype) == "float32" else 2
+    need = needs(recipe, found["config"], units, plan, devices or 1)
     table = Table(
         title=f"{recipe.structure.sparsity:.1%} of {recipe.structure.of}, widths {recipe.structure.widths}"
     )
@@ -49,27 +47,35 @@ def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0) 
         f" ({plan.realised:.4f} removed)",
         f"one memory        {memory:>15,} parameters, {memory * 4 / GIB:.3f} GiB",
         f"all {len(recipe.domains)} memories    {memory * len(recipe.domains):>15,} parameters",
-        f"RAM while learning, about {need.host / GIB:.1f} GiB",
+        *([f"RAM while learning, about {need.host / GIB:.1f} GiB"] if devices is None else []),
         "Widths are even here; the learned plan moves them between layers.",
     ]
     if devices is not None:
-        rate = devices * tflops * 1e12 / need.flops
-        tokens = recipe.learn.tokens + recipe.learn.settle_tokens
-        parts = (("weights", need.weights), ("memories with Adam", need.memories), ("gates", need.gates),
-                 ("activations", need.activations), ("logits", need.logits))  # fmt: skip
-        plural = "device" if devices == 1 else "devices"
-        lines += ["", " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts) + " GiB"]
-        for name, sharded in (("data parallel", False), ("weights sharded (FSDP)", True)):
-            if devices > 1 or not sharded:
-                size = need.device(devices, sharded=sharded) / GIB
-                lines.append(f"{devices} {plural}, {name}: {size:.1f} GiB on each")
-        lines += [
-            f"host, for compensation: {need.second_moments / GIB:.1f} GiB of second moments",
-            f"{need.flops / 1e9:.1f} GFLOP a token, {tflops:g} TFLOP/s on each: {rate:,.0f} tokens/s,"
-            f" {tokens:,} tokens in {tokens / rate / 60:,.0f} minutes",
-            "An estimate: accelerators are unproven (README, Limits).",
-        ]
+        lines += ["", *_on_devices(recipe, need, devices, tflops)]
     console = Console(width=110)
     console.print(table)
     for line in lines:
         console.print(line, highlight=False)
+
+
+def _on_devices(recipe: Recipe, need: Needs, devices: int, tflops: float) -> list[str]:
+    """What each device holds and how fast all of them learn, with the arithmetic."""
+    learn = recipe.learn
+    rate = devices * tflops * 1e12 / need.flops
+    tokens = learn.tokens + learn.settle_tokens
+    lines = [f"{size / GIB:8.2f} GiB {name + ':':<13}{said}" for name, said, size in need.parts]
+    lines += [
+        f"{need.device / GIB:8.2f} GiB on each of {devices}, data parallel: the whole dense model is on each"
+        " (sharding it is",
+        f"{'':13}not built), and each learns from {need.windows} of {learn.batch} windows (learn.batch)",
+        f"{need.second_moments / GIB:8.2f} GiB on the host: compensation's second moments, one file mapped by"
+        " every process",
+        "",
+        f"{need.flops / 1e9:.1f} GFLOP a token = {need.work}",
+        f"{devices} x {tflops:g} TFLOP/s / that = {rate:,.0f} tokens/s;"
+        f" {tokens:,} tokens in {tokens / rate / 60:,.0f} minutes",
+        "An estimate: accelerators are unproven (README, Limits); --tflops is what one sustains.",
+    ]
+    if learn.batch % devices:
+        lines.append(f"learn.batch: {learn.batch} windows do not divide over {devices}; set a multiple")
+    return lines

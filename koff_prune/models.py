@@ -31,13 +31,11 @@ from transformers import (
 
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors, read_json, sha256_file, staged_dir
+from koff_prune.architecture import check, native_dtype
 from koff_prune.gguf_check import check_gguf
 from koff_prune.packages import cache_dir, cached_files, fetch_files
 from koff_prune.recipe import ModelSection, PackageFile
 
-# Model types whose units are known. The tests cut and reload tiny models of each proven one.
-PROVEN = ("llama", "qwen2", "qwen3", "gemma3_text")
-EXPECTED = ("mistral",)
 # Without their first token these models see text that they were never trained on; a tokenizer that came out
 # of a GGUF file does not always add it.
 _NEED_BOS = ("gemma3_text",)
@@ -169,41 +167,9 @@ def open_config(section: ModelSection, *, cache: Path | None = None) -> Pretrain
     return config
 
 
-def native_dtype(asked: str = "auto") -> str:
-    """What `model.dtype` means here: a CPU that only emulates bfloat16 is several times slower in it."""
-    if asked != "auto":
-        return asked
-    can = torch.cpu.get_capabilities()
-    return "bfloat16" if any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
-
-
 def check_architecture(config: PretrainedConfig) -> None:
-    """Refuses a model whose units are not known.
-
-    Raises:
-        KoffError: A mixture of experts, several modalities, an encoder, a quantised or already pruned model,
-            or any type other than `PROVEN` and `EXPECTED`.
-    """
-    kind = str(config.model_type)
-    supported = (
-        f"supported are {', '.join(PROVEN)} (proven by tests) and {', '.join(EXPECTED)} (expected to work)"
-    )
-    reason = None
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    if any((getattr(config, name, None) or 0) > 1 for name in experts) or "moe" in kind or kind == "mixtral":
-        reason = "is a mixture of experts"
-    elif any(hasattr(config, name) for name in ("vision_config", "audio_config", "text_config")):
-        reason = "reads more than text"
-    elif getattr(config, "is_encoder_decoder", False):
-        reason = "has an encoder"
-    elif kind not in PROVEN + EXPECTED:
-        reason = "has no known units"
-    if reason:
-        raise KoffError(f"model.source: a model of type '{kind}' {reason}; {supported}")
-    if getattr(config, "quantization_config", None):
-        raise KoffError("model.source: the weights are quantised; name the unquantised model, or a GGUF file")
-    if config.to_dict().get("per_layer_config"):
-        raise KoffError("model.source: this model is already pruned, layer by layer; name the dense model")
+    """Refuses a model whose units are not known; see `architecture.check`."""
+    check(config.to_dict())
 
 
 def config_sha256(config: PretrainedConfig) -> str:

@@ -5,86 +5,99 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from koff_prune.models import check_architecture, native_dtype, open_config
+from koff_prune.architecture import Units, config_of, native_dtype, units_of_config
 from koff_prune.plan import Plan, even_plan
 from koff_prune.recipe import Recipe
-from koff_prune.units import Units, units_of_config
+
+LOGITS = 512  # tokens whose logits exist at one time (`loss.CHUNK`)
+TRAINED = 16  # bytes of a trained number: itself, its gradient, Adam's two moments; float32
+GATED = 40  # bytes of a gate: the same, and what re-estimated ones gather
 
 
 def dry_plan(recipe: Recipe) -> dict[str, Any]:
-    """Units, widths and needs, from the model's config alone."""
-    config = open_config(recipe.model)
-    check_architecture(config)
+    """`units`, an even `plan` and `config` (a mapping), from the model's config alone."""
+    config = config_of(recipe.model)
     units = units_of_config(config)
-    plan = even_plan(units, recipe.structure)
-    return {"units": units, "plan": plan, "config": config}
+    return {"units": units, "plan": even_plan(units, recipe.structure), "config": config}
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes while learning, by what they are for, and operations per training token.
+    """What learning needs on each of several devices that share every batch.
 
     Attributes:
-        weights: Of the frozen dense model, once.
-        memories: All domains' memories, their gradients and Adam's two moments, float32.
-        gates: The same for gates, and what re-estimated ones gather.
-        activations: What one micro-batch keeps for the way back.
-        logits: The largest block of logits in float32, and their gradient.
-        second_moments: Of compensation, on the host, float32.
+        parts: Name, arithmetic in words, and bytes. The dense model is whole on every device: sharding it is
+            not built.
+        windows: That a device learns from at a time.
+        second_moments: Bytes of compensation's statistics, on the host, float32.
         flops: Per token: forward, and back through weights that get no gradient of their own.
+        work: The arithmetic of `flops` in words.
     """
 
-    weights: int
-    memories: int
-    gates: int
-    activations: int
-    logits: int
+    parts: tuple[tuple[str, str, int], ...]
+    windows: int
     second_moments: int
     flops: float
+    work: str
 
-    def device(self, devices: int, *, sharded: bool) -> int:
-        """Bytes on each of `devices`: the weights in full (data parallel), or a share of them (FSDP)."""
-        weights = self.weights // devices if sharded else self.weights
-        return weights + self.memories + self.gates + self.activations + self.logits
+    @property
+    def device(self) -> int:
+        """Bytes on each device."""
+        return sum(size for _, _, size in self.parts)
 
     @property
     def host(self) -> int:
         """Bytes on a machine that learns on its processor."""
-        return self.device(1, sharded=False) + 2 * self.second_moments
+        return self.device + 2 * self.second_moments
 
 
-def needs(recipe: Recipe, config: Any, units: Units, plan: Plan) -> Needs:
-    """What `recipe` needs around a model of this config."""
-    learn = recipe.learn
+def needs(recipe: Recipe, config: dict[str, Any], units: Units, plan: Plan, devices: int = 1) -> Needs:
+    """What `recipe` needs around a model of this config, on each of `devices`."""
+    learn, first, hidden, layers = recipe.learn, units.layers[0], units.hidden_size, len(units.layers)
     each = 4 if native_dtype(recipe.model.dtype) == "float32" else 2
-    tokens, layers = learn.window * learn.batch, len(units.layers)
-    kept = config.hidden_size * 14 + units.layers[0].ffn_neurons * 5  # of one layer, per token
-    saved = (config.hidden_size * layers + kept) if learn.gradient_checkpointing else kept * layers
-    memory = memory_parameters(recipe, config, plan)
+    windows = -(-learn.batch // devices)
+    tokens, vocabulary, inner = learn.window * windows, config["vocab_size"], first.ffn_neurons
+    memory, domains = memory_parameters(recipe, units, plan), len(recipe.domains)
     gated = sum(layer.count(kind) for layer in units.layers for kind in recipe.structure.units)
-    dense = units.parameters
+    kept = hidden * 14 + inner * 5  # numbers that one layer keeps of a token for the way back
+    saved = f"{layers} layers x (14 x {hidden:,} + 5 x {inner:,})"
+    if learn.gradient_checkpointing:
+        saved = f"({layers} layers x {hidden:,} + 14 x {hidden:,} + 5 x {inner:,} of one)"
+    count = hidden * layers + kept if learn.gradient_checkpointing else kept * layers
+    parts = [
+        ("dense model", f"{units.parameters:,} parameters x {each} bytes", units.parameters * each),
+        ("memories", f"{domains} x {memory:,} parameters x {TRAINED} bytes (float32 with gradient and Adam)",
+         domains * memory * TRAINED),
+        ("gates", f"{gated:,} units x {GATED} bytes", gated * GATED),
+        ("activations", f"{windows} x {learn.window:,} tokens x {saved} x {each} bytes",
+         tokens * count * each),
+        ("logits", f"{min(tokens, LOGITS)} tokens x {vocabulary:,} words x 12 bytes",
+         min(tokens, LOGITS) * vocabulary * 12),
+    ]  # fmt: skip
     passes = 4 + 2 * learn.gradient_checkpointing + 2 * (learn.loss.kl > 0)
-    attention = layers * learn.window * config.num_attention_heads * units.layers[0].head_dim
-    compensated = recipe.cut.compensate != "none"
+    attention = layers * learn.window * first.kv_groups * first.queries * first.head_dim
+    work = units.block_parameters + vocabulary * hidden + attention
+    said = f"{work / 1e9:.2f} G (blocks, head, attention"
+    moments = 0
+    if recipe.cut.compensate != "none":
+        closed = layers * inner - sum(plan.widths_of("ffn_neurons"))
+        parts.append(("predictions", f"{closed:,} closed neurons x {inner:,} x {each} bytes",
+                      closed * inner * each))  # fmt: skip
+        moments = layers * inner**2 * 4
+        work += closed * (inner + hidden)
+        said = f"{work / 1e9:.2f} G (blocks, head, attention, predictions"
     return Needs(
-        weights=dense * each,
-        memories=memory * len(recipe.domains) * 16,
-        gates=gated * 4 * 10,
-        activations=tokens * saved * each,
-        logits=tokens * config.vocab_size * 4 * 3,
-        second_moments=sum(layer.ffn_neurons**2 for layer in units.layers) * 4 if compensated else 0,
-        flops=passes * (dense + attention) + 6 * memory,
-    )
+        tuple(parts), windows, moments, passes * work + 6 * memory,
+        f"{passes} x {said}) + 6 x {memory / 1e9:.2f} G",
+    )  # fmt: skip
 
 
-def memory_parameters(recipe: Recipe, config: object, plan: object) -> int:
+def memory_parameters(recipe: Recipe, units: Units, plan: Plan) -> int:
     """Parameters of one domain's memory around the backbone, all linear layers as LoRA targets."""
-    hidden, head = config.hidden_size, getattr(config, "head_dim", None)  # type: ignore[attr-defined]
-    head = head or hidden // config.num_attention_heads  # type: ignore[attr-defined]
-    queries = config.num_attention_heads // config.num_key_value_heads  # type: ignore[attr-defined]
+    hidden, head, queries = units.hidden_size, units.layers[0].head_dim, units.layers[0].queries
     lora, kv = recipe.memory.lora, recipe.memory.kv
     total = 0
-    for neurons, groups in zip(plan.widths_of("ffn_neurons"), plan.widths_of("kv_groups"), strict=True):  # type: ignore[attr-defined]
+    for neurons, groups in zip(plan.widths_of("ffn_neurons"), plan.widths_of("kv_groups"), strict=True):
         widths = {
             "q_proj": hidden + groups * queries * head, "k_proj": hidden + groups * head,
             "v_proj": hidden + groups * head, "o_proj": hidden + groups * queries * head,

@@ -7,17 +7,20 @@ import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from koff_export.errors import KoffError
 from koff_export.files import read_json, write_json
+from koff_prune.architecture import KINDS, UnitKind, Units
 from koff_prune.recipe import Structure
-from koff_prune.units import KINDS, UnitKind, Units
+
+if TYPE_CHECKING:
+    import torch
 
 TOLERANCE = 0.002  # of sparsity: what nothing reachable may miss the target by
-Scores = dict[UnitKind, list[torch.Tensor]]
+Scores = dict[UnitKind, list["torch.Tensor"]]
 """Per kind and layer, float [units]: higher means keep, already divided by cost where kinds are compared."""
 Kept = list[dict[UnitKind, list[int]]]
 """Per layer and kind, the ascending indices of the units that stay."""
@@ -207,7 +210,7 @@ def _drop_kv_groups(kept: Kept, scores: Scores, units: Units, structure: Structu
         cost = sum(layer.kv_cost for layer in units.layers)
         most = units.layers[0].kv_groups if alone else int(budget // cost)
         same = _uniform_kv_count(sum(map(len, each)), most, units)
-        lost = [torch.argsort(s, stable=True)[:same].tolist() for s in scores["kv_groups"]]
+        lost = [_ascending(s)[:same].tolist() for s in scores["kv_groups"]]
     else:
         lost = _fallen_groups(list(range(count)), scores, units, structure, budget)
     for layer, gone in zip(kept, lost, strict=True):
@@ -262,7 +265,7 @@ def _fill_uniform(kept: Kept, scores: Scores, units: Units, structure: Structure
     cost = sum(layer.ffn_cost for layer in units.layers)
     count = min(options, key=lambda n: abs(n * cost - budget))
     for layer, score in zip(kept, scores["ffn_neurons"], strict=True):
-        gone = set(torch.argsort(score, stable=True)[:count].tolist())
+        gone = set(_ascending(score)[:count].tolist())
         layer["ffn_neurons"] = [j for j in layer["ffn_neurons"] if j not in gone]
 
 
@@ -270,25 +273,29 @@ def _fill_global(kept: Kept, scores: Scores, units: Units, structure: Structure,
     """Removes runs of round_to neurons, lowest score of the middle one first, over all layers."""
     values, costs, owners, orders = [], [], [], []
     for i, (score, layer) in enumerate(zip(scores["ffn_neurons"], units.layers, strict=True)):
-        order = torch.argsort(score, stable=True)
+        order = _ascending(score)
         orders.append(order)
-        ends = torch.tensor(_removable(layer.ffn_neurons, structure.round_to))
+        ends = np.array(_removable(layer.ffn_neurons, structure.round_to))
         # the middle unit speaks for its run: the order of units decides, not the scale of their scores, so
         # that gates choose what the scores they started from choose
-        values.append(score[order][(ends[:-1] + ends[1:]) // 2])
-        size = ends[1:] - ends[:-1]
+        values.append(np.asarray(score)[order][(ends[:-1] + ends[1:]) // 2])
+        size = np.diff(ends)
         costs.append(size * layer.ffn_cost)
-        owners.append(torch.full_like(size, i))
-    value, cost, owner = torch.cat(values), torch.cat(costs), torch.cat(owners)
-    ranked = torch.argsort(value, stable=True)
-    spent = torch.cat([cost.new_zeros(1), cost[ranked].cumsum(0)])
-    runs = int((spent.double() - budget).abs().argmin())
-    counts = torch.bincount(owner[ranked[:runs]], minlength=len(units.layers)).tolist()
+        owners.append(np.full_like(size, i))
+    cost, owner = np.concatenate(costs), np.concatenate(owners)
+    ranked = _ascending(np.concatenate(values))
+    spent = np.concatenate([[0], np.cumsum(cost[ranked])])
+    runs = int(np.abs(spent - budget).argmin())
+    counts = np.bincount(owner[ranked[:runs]], minlength=len(units.layers)).tolist()
     for i, stay in enumerate(kept):
-        gone = orders[i][: _removable(units.layers[i].ffn_neurons, structure.round_to)[counts[i]]]
-        stays = torch.ones(units.layers[i].ffn_neurons, dtype=torch.bool)
-        stays[gone] = False
-        stay["ffn_neurons"] = stays.nonzero()[:, 0].tolist()
+        stays = np.ones(units.layers[i].ffn_neurons, dtype=bool)
+        stays[orders[i][: _removable(units.layers[i].ffn_neurons, structure.round_to)[counts[i]]]] = False
+        stay["ffn_neurons"] = stays.nonzero()[0].tolist()
+
+
+def _ascending(values: Any) -> Any:
+    """Places of a tensor's or an array's values, the lowest first, ties in their order; int64."""
+    return np.argsort(np.asarray(values), kind="stable")
 
 
 def even_plan(units: Units, structure: Structure) -> Plan:
@@ -297,8 +304,8 @@ def even_plan(units: Units, structure: Structure) -> Plan:
     Raises:
         KoffError: Nothing reachable lies within 0.002 of the target.
     """
-    flat: Scores = {
-        kind: [torch.arange(layer.count(kind)).float() / layer.count(kind) for layer in units.layers]
+    flat: Any = {
+        kind: [np.arange(n, dtype=np.float32) / n for n in (layer.count(kind) for layer in units.layers)]
         for kind in KINDS
     }
     identity = {"source": "", "revision": None, "config_sha256": ""}

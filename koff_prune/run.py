@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, read_json, recover, recover_below, write_json, write_text
 from koff_prune import ranks
+from koff_prune.architecture import native_dtype
 from koff_prune.chat import tokens
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Recipe
@@ -117,8 +118,6 @@ class Run:
                 ) from error
 
     def _enter(self, resume: bool) -> None:
-        from koff_prune.models import native_dtype
-
         stamp = self.folder / "run.json"
         recover(stamp)
         if stamp.exists():

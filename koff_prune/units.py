@@ -12,70 +12,18 @@ in seconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from koff_export.errors import KoffError
-
-UnitKind = Literal["ffn_neurons", "kv_groups"]
-KINDS: tuple[UnitKind, ...] = ("ffn_neurons", "kv_groups")
-
-
-@dataclass(frozen=True)
-class LayerUnits:
-    """What one decoder layer can lose.
-
-    Attributes:
-        ffn_neurons: Number of FFN neurons.
-        kv_groups: Number of KV heads.
-        ffn_cost: Parameters removed with one neuron, biases included.
-        kv_cost: Parameters removed with one KV group, biases included.
-        queries: Query heads that share one KV head.
-        head_dim: Channels of one head.
-    """
-
-    ffn_neurons: int
-    kv_groups: int
-    ffn_cost: int
-    kv_cost: int
-    queries: int
-    head_dim: int
-
-    def count(self, kind: UnitKind) -> int:
-        """Number of units of a kind."""
-        return self.ffn_neurons if kind == "ffn_neurons" else self.kv_groups
-
-    def cost(self, kind: UnitKind) -> int:
-        """Parameters removed with one unit of a kind."""
-        return self.ffn_cost if kind == "ffn_neurons" else self.kv_cost
-
-
-@dataclass(frozen=True)
-class Units:
-    """Every unit of a model, layer by layer, and what the model weighs.
-
-    Attributes:
-        layers: One entry per decoder layer.
-        parameters: All parameters, tied tensors once.
-        block_parameters: Those of the decoder layers alone.
-        hidden_size: Width of the residual stream.
-        divisor_heads: Whether a uniform head count must divide `hidden_size` (stock Llama refuses others).
-    """
-
-    layers: tuple[LayerUnits, ...]
-    parameters: int
-    block_parameters: int
-    hidden_size: int
-    divisor_heads: bool
-
-    def denominator(self, of: str) -> int:
-        """Parameters that a sparsity is a share of: `total` or `blocks`."""
-        return self.parameters if of == "total" else self.block_parameters
+from koff_prune.architecture import KINDS as KINDS
+from koff_prune.architecture import LayerUnits
+from koff_prune.architecture import UnitKind as UnitKind
+from koff_prune.architecture import Units as Units
 
 
 def decoder_layers(model: nn.Module) -> Any:
@@ -186,12 +134,6 @@ def read_units(model: PreTrainedModel) -> Units:
         hidden_size=model.config.hidden_size,
         divisor_heads=model.config.model_type == "llama",
     )
-
-
-def units_of_config(config: PretrainedConfig) -> Units:
-    """The units of a model that is known by its config.json alone: built on the meta device, no weights."""
-    with torch.device("meta"):
-        return read_units(AutoModelForCausalLM.from_config(config))
 
 
 def head_channels(heads: Iterable[int], head_dim: int, queries: int = 1) -> list[int]:

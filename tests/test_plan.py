@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from model_helpers import random_scores, tiny_config
 
 from koff_export.errors import KoffError
+from koff_prune.architecture import LayerUnits, Units, units_of_config
 from koff_prune.plan import Plan, Scores, choose, make_plan, removed_parameters
 from koff_prune.recipe import Structure
-from koff_prune.units import LayerUnits, Units, units_of_config
 
 IDENTITY = {"source": "tiny", "revision": None, "config_sha256": "abc"}
 
@@ -133,8 +133,8 @@ def test_uniform_llama_keeps_a_head_count_that_divides_hidden_size() -> None:
         )
         counts[llama] = len(kept[0]["kv_groups"])
     assert counts == {False: 5, True: 8}  # the scores ask for 5, which does not divide 64
-    assert units_of_config(tiny_config("llama")).divisor_heads
-    assert not units_of_config(tiny_config("qwen2")).divisor_heads
+    assert units_of_config(tiny_config("llama").to_dict()).divisor_heads
+    assert not units_of_config(tiny_config("qwen2").to_dict()).divisor_heads
 
 
 def test_make_plan_tells_what_it_did() -> None:

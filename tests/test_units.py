@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch_pruning as tp
-from model_helpers import SHAPES, tiny_config, tiny_model, tiny_shape
+from model_helpers import FAMILIES, SHAPES, tiny_config, tiny_model, tiny_shape
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from koff_export.errors import KoffError
+from koff_prune.architecture import config_of, units_of_config
 from koff_prune.cut import cut
 from koff_prune.memory import Memories
 from koff_prune.plan import Plan, all_kept
-from koff_prune.recipe import Memory
-from koff_prune.units import UnitKind, decoder_layers, ffn_group, head_channels, read_units, units_of_config
+from koff_prune.recipe import Memory, ModelSection
+from koff_prune.units import UnitKind, decoder_layers, ffn_group, head_channels, read_units
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def plan_without(units, lost: dict[tuple[int, UnitKind], int]) -> Plan:  # type: ignore[no-untyped-def]
@@ -66,7 +73,44 @@ def test_reading_leaves_the_model_frozen_and_unchanged() -> None:
 def test_a_config_alone_tells_the_same(shape: str) -> None:
     model = tiny_shape(shape)
     family, options = SHAPES[shape]
-    assert units_of_config(tiny_config(family, **options)) == read_units(model)
+    assert units_of_config(tiny_config(family, **options).to_dict()) == read_units(model)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/config.json")), ids=lambda p: p.parent.name)
+def test_the_config_of_a_large_model_tells_the_same(path: Path) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent))
+    told = units_of_config(config_of(ModelSection(source="nobody/nothing", config=str(path))))
+    assert told == read_units(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"),
+    [("llama", "num_key_value_heads"), *itertools.product(FAMILIES, ["tie_word_embeddings", "head_dim"])],
+)
+def test_what_a_config_leaves_out_is_filled_in(family: str, left_out: str, tmp_path: Path) -> None:
+    data = tiny_config(family).to_dict()
+    del data[left_out]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert units_of_config(config_of(ModelSection(source=str(tmp_path)))) == read_units(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "64"},
+        {"num_hidden_layers": 10**9},
+        {"num_key_value_heads": 3},
+        {"vocab_size": -1},
+        {"model_type": "bert"},
+    ],
+)
+def test_a_config_that_cannot_be_is_one_sentence(change: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config().to_dict(), **change}))
+    with pytest.raises(KoffError, match="no model has the sizes|no known units"):
+        config_of(ModelSection(source=str(tmp_path)))
 
 
 def test_layers_are_found_inside_peft() -> None:
