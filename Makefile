@@ -51,5 +51,5 @@ format: venv  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: venv  ## tokens per second while learning, beside plain PEFT LoRA training
-	$(BIN)/python benchmarks/learn_speed.py
+benchmark: venv  ## what learning costs beside plain PEFT LoRA training, and how it grows (needs a quiet machine)
+	$(BIN)/python benchmarks/learn_cost.py

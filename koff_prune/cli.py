@@ -26,7 +26,10 @@ app = typer.Typer(
 
 app.add_typer(memory_app, name="memory")
 
-OUT_OF_MEMORY = "out of memory; lower learn.window or learn.batch, or set learn.gradient_checkpointing: true"
+OUT_OF_MEMORY = (
+    "out of memory; lower learn.window or learn.batch, or set learn.gradient_checkpointing: true;"
+    " before and after learning, lower scoring.window or evaluate.window"
+)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory [default: runs/<recipe's name>].")]

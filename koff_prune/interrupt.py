@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 
 from koff_prune.progress import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the keyboard's, and what a scheduler sends
+ECHO = 2.0  # seconds within which a signal is the same one: a launcher passes on what its group has received
 
 
 class Interruption:
@@ -20,6 +22,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = False
+        self._first = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
@@ -33,6 +36,8 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            if time.monotonic() - self._first > ECHO:
+                raise KeyboardInterrupt
+            return
+        self.asked, self._first = True, time.monotonic()
         say("stopping once this step is finished and saved; a second signal stops at once")

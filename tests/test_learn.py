@@ -14,7 +14,7 @@ from model_helpers import memories_on, random_scores, tiny_model, tiny_shape, to
 from transformers import PreTrainedModel
 
 from koff_export.errors import KoffError
-from koff_prune import learner
+from koff_prune import interrupt, learner
 from koff_prune.compensate import Compensation
 from koff_prune.gates import Gates
 from koff_prune.learn import DomainWindows, LearnTrainer, Phase, steps_of, train, whole_checkpoints
@@ -273,12 +273,16 @@ def test_a_batch_that_is_not_finite_can_be_skipped(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_finishes_the_step_and_saves_it(number: int, tmp_path: Path) -> None:
-    """Between two checkpoints the signal comes, the step's checkpoint is written, and nothing is lost."""
+    """Between two checkpoints the signal comes, the step's checkpoint is written, and nothing is lost.
+
+    It comes twice, as it does where a launcher passes on what its whole group has received.
+    """
     whole, whole_gates = learn(tmp_path / "whole", "re_estimated")
     memories, gates = start("re_estimated")
 
     def strikes(step: int, *rest: Any) -> None:
         if step == 2:  # told while step 2 ends; the signal is seen at the end of step 3
+            os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
@@ -296,6 +300,15 @@ def test_an_interruption_finishes_the_step_and_saves_it(number: int, tmp_path: P
     a, b = everything(whole), everything(memories)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert torch.equal(gates.alpha, whole_gates.alpha)
+
+
+def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "ECHO", 0.0)
+    with interrupt.Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_windows_are_shuffled_passes_over_every_domain() -> None:

@@ -6,14 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from run_helpers import koff_prune, recipe_of
 from safetensors.torch import load_file
 
 from koff_export.files import read_json
+from koff_prune.learn import whole_checkpoints
+from koff_prune.reading import load_recipe
 
 # What every process does: the command, its gradients written down as they are after the first step's sharing.
 SCRIPT = """
@@ -42,23 +46,27 @@ main()
 """
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+LARGE = sorted((Path(__file__).parents[1] / "recipes").glob("*/accelerate.yaml"))
+
+
+def launching(folder: Path, processes: int, *arguments: object, dies_at: int = 0) -> list[str]:
+    """The command of `launch`."""
+    script, seen = folder / "script.py", folder / f"seen-{processes}"
+    script.write_text(SCRIPT)
+    seen.mkdir(exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+    rest = map(str, (script, seen, dies_at, *arguments))
+    return [sys.executable, *(launcher if processes > 1 else []), *rest]
+
+
 def launch(
     folder: Path, processes: int, *arguments: object, dies_at: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """`koff-prune` in so many processes; gradients go to <folder>/seen-<processes>/."""
-    script, seen = folder / "script.py", folder / f"seen-{processes}"
-    script.write_text(SCRIPT)
-    seen.mkdir(exist_ok=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-                "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
-    if processes == 1:
-        launcher = [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, script, seen, str(dies_at), *map(str, arguments)],
-        capture_output=True, text=True, timeout=240,
-        check=False, env=environment,
-    )  # fmt: skip
+    command = launching(folder, processes, *arguments, dies_at=dies_at)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=ENVIRONMENT)
 
 
 @pytest.mark.timeout(400)
@@ -108,6 +116,54 @@ def test_a_process_that_dies_loses_no_more_than_a_checkpoint(
     assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "run", "--resume").code == 0
     assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "whole").code == 0
     assert (tmp_path / "run" / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+
+
+@pytest.mark.timeout(400)
+def test_a_stopped_launcher_loses_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM to the launcher: both finish the step, save and leave; until then nobody else enters."""
+    recipe, out = (
+        recipe_of(tmp_path, learn={"tokens": 8192, "batch": 4, "checkpoint_steps": 1000}),
+        tmp_path / "run",
+    )
+    command = launching(tmp_path, 2, "plan", recipe, "--out", out)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as launcher:
+        while not (tmp_path / "seen-2" / "0.pt").exists() and launcher.poll() is None:
+            time.sleep(0.005)
+        turned_away = koff_prune(capsys, "plan", recipe, "--out", out, "--resume")
+        launcher.send_signal(signal.SIGTERM)
+        errors = launcher.communicate(timeout=200)[1]
+    assert turned_away.code == 2 and "another koff-prune is at work" in turned_away.err
+    assert launcher.returncode != 0
+    assert errors.count("interrupted: run the same command with --resume") == 1, errors
+    saved = whole_checkpoints(out / "checkpoints" / "learning")
+    assert len(saved) == 1 and not (out / "gates.safetensors").exists()
+    assert koff_prune(capsys, "plan", recipe, "--out", out, "--resume").code == 0
+    assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "whole").code == 0
+    assert (out / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+
+
+def test_large_recipes_say_how_many_processes_share_them() -> None:
+    assert [p.parent.name for p in LARGE] == ["llama-3.1-8b", "llama-3.2-3b", "qwen2.5-7b", "qwen3-8b"]
+    for path in LARGE:
+        processes = yaml.safe_load(path.read_text())["num_processes"]
+        assert load_recipe(path.with_name("languages.yaml"), check_files=False).learn.batch % processes == 0
+
+
+@pytest.mark.timeout(400)
+def test_accelerate_launches_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the file beside a large recipe, and fewer processes than it names."""
+    recipe = recipe_of(tmp_path, learn={"batch": 4})
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", LARGE[0],
+         "--num_processes", "2", "--main_process_port", "0",
+         "-m", "koff_prune", "plan", recipe, "--out", tmp_path / "run"],
+        capture_output=True, text=True, timeout=240, check=False, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on one run" in done.stderr and done.stdout.count("removed, plan") == 1
+    assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "alone").code == 0
+    assert (tmp_path / "run" / "plan.json").read_bytes() == (tmp_path / "alone" / "plan.json").read_bytes()
 
 
 def test_a_launcher_that_stops_the_survivor_does_not_silence_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,272 @@
+"""What learning costs beside plain PEFT LoRA training, and how the cost grows; a table and JSON.
+
+    python benchmarks/learn_cost.py [--recipe RECIPE] [--rounds 3] [--steps 20] [--only beside,domains]
+                                    [--out benchmarks/learn_cost.json]
+
+Every point is a process of its own, so that its peak memory is its own; the points of a group take turns, and
+the median over rounds counts. `beside`: the recipe's model, ours and plain. `domains`, `window`, `size`: ours
+on random Llamas, the same tokens at every point, with the exponent of a fitted power law. Seconds are told by
+the wall and by the processor (all threads); on a busy machine, only the latter means something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics as stats
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+# Random Llamas: hidden size, FFN neurons, layers, query heads, KV heads; 8,192 words, tied.
+SIZES = {"10M": (256, 1024, 8, 4, 2), "30M": (512, 1536, 9, 8, 4), "100M": (768, 2304, 14, 12, 4)}
+
+
+def points(group: str, steps: int) -> list[dict[str, Any]]:
+    """The points of a group; `x` is what grows."""
+    base = {
+        "model": "10M",
+        "domains": 4,
+        "window": 128,
+        "steps": steps,
+        "memory": "both",
+        "gates": True,
+        "kl": 0.0,
+    }
+    if group == "beside":
+        common = {**base, "model": "recipe", "domains": 3, "window": 256}
+        return [
+            {**common, "name": "plain PEFT LoRA", "plain": True},
+            {**common, "name": "ours, LoRA alone", "memory": "lora", "gates": False},
+            {**common, "name": "ours, LoRA + KV", "gates": False},
+            {**common, "name": "ours, gates + compensation + LoRA + KV"},
+            {**common, "name": "ours, the same with a live teacher", "kl": 1.0},
+        ]
+    if group == "domains":  # windows in all: 16 x steps
+        return [{**base, "name": f"{n} domains", "x": n, "domains": n, "steps": 16 * steps // n}
+                for n in (1, 2, 4, 8, 16)]  # fmt: skip
+    if group == "window":
+        return [{**base, "name": f"window {n}", "x": n, "window": n, "steps": max(4, 256 * steps // n)}
+                for n in (64, 128, 256, 512)]  # fmt: skip
+    return [{**base, "name": f"{name} parameters", "model": name} for name in SIZES]
+
+
+def open_model(name: str, recipe: str) -> Any:
+    """The recipe's dense model, or a random one of `SIZES` in the dtype that this machine computes in."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from koff_prune.architecture import native_dtype
+    from koff_prune.models import open_dense
+    from koff_prune.reading import load_recipe
+
+    if name == "recipe":
+        return open_dense(load_recipe(recipe, check_files=False).model).model
+    hidden, inner, layers, heads, groups = SIZES[name]
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(getattr(torch, native_dtype())).eval().requires_grad_(False)
+
+
+class Clock:
+    """Time of every finished step; the first is warm-up."""
+
+    def __init__(self) -> None:
+        """No step yet."""
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+
+    def __call__(self, *_: object) -> None:
+        """A step is finished."""
+        self.wall.append(time.monotonic())
+        self.processor.append(time.process_time())
+
+
+def train_plain(model: Any, windows: dict[str, Any], steps: int, clock: Clock) -> None:
+    """PEFT LoRA on transformers' Trainer, nothing of ours: its own loss, one adapter, the model's dtype."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock()
+
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = [{"input_ids": w[at], "labels": w[at]} for at in range(steps) for w in windows.values()]
+    half = next(model.parameters()).dtype == torch.bfloat16
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=len(windows),
+            bf16=half, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+            logging_strategy="no", dataloader_pin_memory=False,
+        )  # fmt: skip
+        Trainer(get_peft_model(model, lora), arguments, train_dataset=rows, callbacks=[Tick()]).train()
+
+
+def train_ours(
+    model: Any, windows: dict[str, Any], point: dict[str, Any], scored: Path, clock: Clock
+) -> None:
+    """Our learning as a recipe's defaults have it, gates from `curvature`."""
+    from koff_prune.compensate import Compensation
+    from koff_prune.gates import Gates
+    from koff_prune.learn import Phase, train
+    from koff_prune.memory import Memories
+    from koff_prune.recipe import Learn, Memory, Structure
+    from koff_prune.recipe_learn import Loss
+    from koff_prune.run import load_tensors
+    from koff_prune.scores import Statistics, removal_costs
+    from koff_prune.units import read_units
+
+    structure, window = Structure(), point["window"]
+    memory = Memory() if point["memory"] == "both" else Memory(kv=None)
+    tokens = point["steps"] * window * len(windows)
+    learn = Learn(tokens=tokens, window=window, loss=Loss(kl=point["kl"]), checkpoint_steps=10**6)
+    options: dict[str, Any] = {}
+    if point["gates"]:
+        units, found = read_units(model), Statistics.from_tensors(load_tensors(scored))
+        start = removal_costs("curvature", model, units, structure, found)
+        prior = learn.gates.prior_tokens
+        options = {
+            "gates": Gates(units, structure, learn.gates.form, start, 0, prior, found.tokens),
+            "compensation": Compensation(found.second, 0.01, units),
+            "sparsity": structure.sparsity,
+        }
+    memories = Memories(model, memory, {name: w[0][:32] for name, w in windows.items()}, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        train(memories, windows, learn, Phase(tokens, 0, 1), Path(folder), report=clock, **options)
+
+
+def work(point: dict[str, Any], recipe: str, scored: Path) -> dict[str, float]:
+    """One point, in this process: seconds for each token after the first step, and memory in GiB."""
+    import torch
+
+    model = open_model(point["model"], recipe)
+    generator = torch.Generator().manual_seed(0)
+    shape = (point["steps"], point["window"])
+    windows = {
+        f"d{n}": torch.randint(3, model.config.vocab_size, shape, generator=generator)
+        for n in range(point["domains"])
+    }
+    clock, before = Clock(), peak()
+    if point.get("plain"):
+        train_plain(model, windows, point["steps"], clock)
+    else:
+        train_ours(model, windows, point, scored, clock)
+    tokens = (len(clock.wall) - 1) * point["window"] * point["domains"]
+    return {
+        "seconds": (clock.wall[-1] - clock.wall[0]) / tokens,
+        "processor": (clock.processor[-1] - clock.processor[0]) / tokens,
+        "peak": peak(),
+        "peak_before": before,
+        "parameters": sum({id(p): p.numel() for p in model.parameters() if not p.requires_grad}.values()),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def score(name: str, recipe: str, path: Path) -> None:
+    """The statistics that gates begin from, as a run keeps them: a file that learning maps."""
+    import torch
+
+    from koff_prune.recipe import Structure
+    from koff_prune.run import save_tensors
+    from koff_prune.scores import collect
+    from koff_prune.units import read_units
+
+    model = open_model(name, recipe)
+    windows = torch.randint(3, model.config.vocab_size, (2, 256), generator=torch.Generator().manual_seed(1))
+    save_tensors(collect(model, read_units(model), Structure().units, list(windows)).tensors(), path)
+
+
+def child(*arguments: object) -> str:
+    """This script with these arguments, in a process of its own; what it prints last."""
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return done.stdout.splitlines()[-1] if done.stdout else ""
+
+
+def measure(group: str, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All points of a group in turn, as often as there are rounds; medians, ratios and exponents."""
+    import numpy as np
+
+    chosen = points(group, asked.steps)
+    for model in {p["model"] for p in chosen}:
+        if not (path := folder / f"{model}.safetensors").exists():
+            child("--recipe", asked.recipe, "--score", model, "--scored", path)
+    found: dict[str, list[dict[str, float]]] = {p["name"]: [] for p in chosen}
+    for _ in range(asked.rounds):
+        for point in chosen:
+            path = folder / f"{point['model']}.safetensors"
+            told = child("--recipe", asked.recipe, "--scored", path, "--point", json.dumps(point))
+            found[point["name"]].append(json.loads(told))
+    rows = []
+    for point in chosen:
+        runs = found[point["name"]]
+        row = {key: stats.median(run[key] for run in runs) for key in runs[0]}
+        row["x"] = point.get("x", row["parameters"])
+        rows.append({"name": point["name"], **row})
+    first = rows[0]
+    for row in rows:
+        row["speed_ratio"] = first["seconds"] / row["seconds"]
+        row["processor_speed_ratio"] = first["processor"] / row["processor"]
+        row["peak_ratio"] = row["peak"] / first["peak"]
+        print(f"{row['name']}: {1 / row['seconds']:.1f} tokens/s, {row['speed_ratio']:.2f} x"
+              f" ({row['processor_speed_ratio']:.2f} x by processor), peak {row['peak']:.2f} GiB,"
+              f" {row['peak_ratio']:.2f} x", flush=True)  # fmt: skip
+    result: dict[str, Any] = {"rows": rows}
+    if group != "beside":
+        x = np.log([row["x"] for row in rows])
+        for key in ("seconds", "processor", "peak"):
+            slope = float(np.polyfit(x, np.log([row[key] for row in rows]), 1)[0])
+            result[f"exponent_{key}"] = round(slope, 3)
+        print(f"{group}: time for each token grows as x^{result['exponent_seconds']}"
+              f" (by processor {result['exponent_processor']}), {2 ** result['exponent_seconds']:.3f} x for"
+              f" each doubling; peak memory as x^{result['exponent_peak']}", flush=True)  # fmt: skip
+    return result
+
+
+def main() -> None:
+    """Measures the groups asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="recipes/smollm2/quickstart.yaml", help="whose model is trained")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of a point with a usual window and few domains"
+    )
+    parser.add_argument("--only", default="beside,domains,window,size")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/learn_cost.json"))
+    for inner in ("--point", "--score", "--scored"):  # what the children are told
+        parser.add_argument(inner, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.point:
+        print(json.dumps(work(json.loads(asked.point), asked.recipe, Path(asked.scored))))
+        return
+    if asked.score:
+        score(asked.score, asked.recipe, Path(asked.scored))
+        return
+    from koff_prune.run import versions
+
+    result: dict[str, Any] = {"command": "python " + " ".join(sys.argv), "versions": versions()}
+    with tempfile.TemporaryDirectory() as folder:
+        for group in asked.only.split(","):
+            result[group] = measure(group, asked, Path(folder))
+            asked.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
