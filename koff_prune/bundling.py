@@ -27,6 +27,7 @@ from koff_prune.plan import Plan
 from koff_prune.progress import say
 from koff_prune.recipe import Memory
 from koff_prune.units import read_units
+from koff_prune.weights import INDEX, Weights, copy_weights
 
 if TYPE_CHECKING:
     from koff_prune.run import Run
@@ -55,14 +56,18 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
     plan = Plan.load(run.folder / "plan.json")
     domains = list(recipe.domains) if (run.folder / "memories").exists() else []
     with staged_dir(target) as aside, run.timed("exporting"):
-        for file in (run.folder / "backbone").iterdir():
-            shutil.copy2(file, aside / file.name)
+        backbone = run.folder / "backbone"
+        weights = {INDEX, *(file.name for file in Weights.open(backbone).files)}
+        for file in backbone.iterdir():
+            if file.name not in weights:
+                shutil.copy2(file, aside / file.name)
+        copy_weights(backbone, aside, recipe.export.shard_bytes)
         shutil.copy2(run.folder / "plan.json", aside / "plan.json")
         if merge is None:
             for name in domains:
                 shutil.copytree(run.folder / "memories" / name, aside / "memories" / name)
         else:
-            merge_memory(run.folder / "memories" / merge, aside, merge)
+            merge_memory(run.folder / "memories" / merge, aside, merge, recipe.export.shard_bytes)
             domains = [merge] if (aside / "memories" / merge).exists() else []
         formats = recipe.export.formats if merge is None else []
         told = {name: tell_memory(aside / "memories" / name, name, formats) for name in domains}

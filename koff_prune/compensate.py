@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from koff_prune.plan import Kept
 from koff_prune.scores import Place, consumer
-from koff_prune.units import UnitKind, Units, decoder_layers, head_channels
+from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, head_channels
 
 
 def channels(units: Units, layer: int, kind: UnitKind, indices: list[int]) -> torch.Tensor:
@@ -53,6 +53,9 @@ def predict(second: torch.Tensor, keep: torch.Tensor, drop: torch.Tensor, ridge:
     return torch.cholesky_solve(second[keep][:, drop], factor).T.contiguous()
 
 
+Solved = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 @dataclass
 class Compensation:
     """The solve for one model: second moments by (layer, kind), and the ridge."""
@@ -61,25 +64,33 @@ class Compensation:
     ridge: float
     units: Units
 
-    def solve(self, kept: Kept) -> dict[Place, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Per place that loses something: kept channels, dropped channels, B [dropped, kept]."""
-        result = {}
-        for (i, kind), second in self.second.items():
-            gone = removed(self.units, i, kind, kept[i][kind])
-            if gone:
-                keep = channels(self.units, i, kind, kept[i][kind])
-                drop = channels(self.units, i, kind, gone)
-                result[(i, kind)] = (keep, drop, predict(second, keep, drop, self.ridge))
-        return result
+    def solve(self, kept: Kept) -> dict[Place, Solved]:
+        """What was solved for every place that loses something."""
+        found = {place: self.solve_at(place, kept) for place in self.second}
+        return {place: solved for place, solved in found.items() if solved is not None}
 
-    def fold(self, model: nn.Module, kept: Kept) -> None:
-        """Adds W_R B to the kept columns of every consumer of the (still uncut) model, in place."""
-        layers = decoder_layers(model)
-        for (i, kind), (keep, drop, b) in self.solve(kept).items():
-            weight = consumer(layers[i], kind).weight
-            with torch.no_grad():
-                w = weight.float()
-                weight[:, keep] = (w[:, keep] + w[:, drop] @ b).to(weight.dtype)
+    def solve_at(self, place: Place, kept: Kept) -> Solved | None:
+        """Kept channels, dropped channels, B [dropped, kept] of one place; None where nothing is lost."""
+        i, kind = place
+        gone = removed(self.units, i, kind, kept[i][kind])
+        if not gone:
+            return None
+        keep = channels(self.units, i, kind, kept[i][kind])
+        drop = channels(self.units, i, kind, gone)
+        return keep, drop, predict(self.second[place], keep, drop, self.ridge)
+
+    def fold(self, layer: nn.Module, i: int, kept: Kept) -> None:
+        """Adds W_R B to the kept columns of the consumers of the (still uncut) layer `i`."""
+        for kind in KINDS:
+            solved = self.solve_at((i, kind), kept) if (i, kind) in self.second else None
+            if solved is None:
+                continue
+            keep, drop, b = solved
+            module = consumer(layer, kind)
+            w = module.weight.detach().float()
+            weight = module.weight.detach().clone()  # the old one may lie in a file's pages
+            weight[:, keep] = (w[:, keep] + w[:, drop] @ b).to(weight.dtype)
+            module.weight.data = weight
 
 
 class PredictionHooks:

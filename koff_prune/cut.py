@@ -5,21 +5,30 @@ Without compensation every backbone tensor is a byte-exact slice of the dense on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from koff_export.errors import KoffError
-from koff_export.files import check_safetensors, read_json
+from koff_export.files import read_json
 from koff_prune.compensate import Compensation, removed
 from koff_prune.plan import Kept, Plan
 from koff_prune.units import Units, decoder_layers, ffn_group, head_channels, prune_kv_groups, read_units
-
-WEIGHTS = "model.safetensors"
+from koff_prune.weights import (
+    EMBEDDINGS,
+    HEAD,
+    SHARD_BYTES,
+    WEIGHTS,
+    Weights,
+    has_weights,
+    layer_of,
+    layer_prefix,
+    write_weights,
+)
 
 
 def cut(model: PreTrainedModel, plan: Plan, compensation: Compensation | None = None) -> PreTrainedModel:
@@ -38,19 +47,72 @@ def cut(model: PreTrainedModel, plan: Plan, compensation: Compensation | None = 
     """
     units = read_units(model)
     plan.check_fits(units)
-    if compensation is not None:
-        compensation.fold(model, plan.layers)
     for i, layer in enumerate(decoder_layers(model)):
-        neurons = removed(units, i, "ffn_neurons", plan.layers[i]["ffn_neurons"])
-        if neurons:
-            ffn_group(layer.mlp, neurons).prune()
-            layer.mlp.intermediate_size = len(plan.layers[i]["ffn_neurons"])
-        groups = removed(units, i, "kv_groups", plan.layers[i]["kv_groups"])
-        if groups:
-            prune_kv_groups(layer.self_attn, groups)
+        _cut_layer(layer, i, plan, units, compensation)
     model.requires_grad_(False)
     set_widths(model.config, plan.layers, units)
     return model
+
+
+def _cut_layer(layer: Any, i: int, plan: Plan, units: Units, compensation: Compensation | None) -> None:
+    if compensation is not None:
+        compensation.fold(layer, i, plan.layers)
+    neurons = removed(units, i, "ffn_neurons", plan.layers[i]["ffn_neurons"])
+    if neurons:
+        ffn_group(layer.mlp, neurons).prune()
+        layer.mlp.intermediate_size = len(plan.layers[i]["ffn_neurons"])
+    groups = removed(units, i, "kv_groups", plan.layers[i]["kv_groups"])
+    if groups:
+        prune_kv_groups(layer.self_attn, groups)
+    layer.requires_grad_(False)
+
+
+def cut_on_disk(
+    skeleton: Callable[[], PreTrainedModel],
+    weights: Weights,
+    plan: Plan,
+    folder: Path,
+    compensation: Compensation | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`cut` and `save_backbone` with no more in memory than a layer or two: the same bytes.
+
+    Args:
+        skeleton: Makes the dense model on the meta device.
+        weights: Of the dense model.
+        plan: What stays.
+        folder: Gets what `save_backbone` writes.
+        compensation: As for `cut`; its second moments are read a layer at a time.
+        shard_bytes: See `write_weights`.
+
+    Raises:
+        KoffError: The plan names units the model does not have, or the disk refuses.
+    """
+    dense, slim = skeleton(), cut(skeleton(), plan)
+    units, layers = read_units(dense), decoder_layers(dense)
+    like = _stored(slim)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for i, names in groupby(like, key=layer_of):
+            if i is None:
+                for name in names:
+                    yield name, weights.read([name])[name]
+                continue
+            with weights.fill(layers[i], i):
+                _cut_layer(layers[i], i, plan, units, compensation)
+                state = layers[i].state_dict()
+                for name in names:
+                    yield name, state[name.removeprefix(layer_prefix(i))]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, like, tensors(), shard_bytes)
+    _save_config(slim, folder)
+
+
+def _stored(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a model that are written: tied ones once."""
+    tied = {HEAD} if model.config.tie_word_embeddings else set()
+    return {k: v for k, v in model.state_dict().items() if k not in tied}
 
 
 def set_widths(config: PretrainedConfig, kept: Kept, units: Units) -> None:
@@ -79,12 +141,16 @@ def set_widths(config: PretrainedConfig, kept: Kept, units: Units) -> None:
     }
 
 
-def save_backbone(model: PreTrainedModel, folder: Path) -> None:
-    """Writes config.json, generation_config.json and model.safetensors into `folder`."""
+def save_backbone(model: PreTrainedModel, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes config.json, generation_config.json and the weights (see `write_weights`) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    # widest first, so that every tensor is aligned; the order stays where all are of one dtype
+    state = dict(sorted(_stored(model).items(), key=lambda item: -item[1].element_size()))
+    write_weights(folder, state, state.items(), shard_bytes)
+    _save_config(model, folder)
+
+
+def _save_config(model: PreTrainedModel, folder: Path) -> None:
     config = model.config.to_dict()
     config.pop("_model_name_or_path", None)
     clean = type(model.config).from_dict(config)
@@ -115,9 +181,9 @@ def load_backbone(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
         KoffError: No backbone there, or damaged weights.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
-        raise KoffError(f"{folder}: holds no backbone (config.json and {WEIGHTS} are needed)")
-    check_safetensors(folder / WEIGHTS)
+    if not (folder / "config.json").is_file() or not has_weights(folder):
+        raise KoffError(f"{folder}: holds no backbone (config.json and {WEIGHTS} or its index are needed)")
+    weights = Weights.open(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
@@ -130,14 +196,14 @@ def load_backbone(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
     except Exception as error:  # what a damaged config makes transformers raise has no common base
         reason = " ".join(str(error).split())[:300]
         raise KoffError(f"{folder}/config.json: not a config that transformers reads ({reason})") from error
-    state = load_file(folder / WEIGHTS)
-    if config.tie_word_embeddings:
-        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    state = weights.read()
+    if config.tie_word_embeddings and EMBEDDINGS in state:
+        state.setdefault(HEAD, state[EMBEDDINGS])
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise KoffError(f"{folder}: {WEIGHTS} does not fit config.json ({reason})") from error
+        raise KoffError(f"{folder}: the backbone does not fit config.json ({reason})") from error
     model.tie_weights()
     # its buffers are computed, not saved
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)

@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,11 +32,12 @@ from transformers import (
 )
 
 from koff_export.errors import KoffError
-from koff_export.files import check_safetensors, disk_errors, read_json, sha256_file, staged_dir
+from koff_export.files import disk_errors, read_json, sha256_file, staged_dir
 from koff_prune.architecture import check, native_dtype
 from koff_prune.gguf_check import check_gguf
 from koff_prune.packages import cache_dir, cached_files, fetch_files
 from koff_prune.recipe import ModelSection, PackageFile
+from koff_prune.weights import Weights
 
 # Without their first token these models see text that they were never trained on; a tokenizer that came out
 # of a GGUF file does not always add it.
@@ -46,11 +49,13 @@ _NOT_THE_NETWORK = ("transformers_version", "dtype", "torch_dtype", "_name_or_pa
 
 @dataclass
 class Dense:
-    """The dense model, frozen; its weights are in memory at most once.
+    """The dense model, frozen; its weights are read when they are asked for, and in memory at most once.
 
     Attributes:
         config: Of the model.
         open: Reads the weights from the disk.
+        skeleton: Makes the model on the meta device, in the recipe's dtype.
+        weights: On the disk, tensor by tensor; None where transformers converts them on the way.
         tokenizer: Its tokenizer.
         source: What the recipe names: hub id, path, or `name==version:file`.
         revision: Commit of a hub model; None for local ones.
@@ -60,6 +65,8 @@ class Dense:
 
     config: PretrainedConfig
     open: Callable[[], PreTrainedModel]
+    skeleton: Callable[[], PreTrainedModel]
+    weights: Weights | None
     tokenizer: PreTrainedTokenizerBase
     source: str
     revision: str | None
@@ -70,6 +77,10 @@ class Dense:
     def model(self) -> PreTrainedModel:
         """A causal LM on the CPU in the recipe's dtype, in eval mode, requiring no gradient."""
         return self.open()
+
+    def outline(self) -> PreTrainedModel:
+        """The model for its shapes: on the meta device where `weights` has its tensors, else with them."""
+        return self.model if self.weights is None else self.skeleton()
 
     def take(self) -> PreTrainedModel:
         """`model`, to be wrapped or cut: it is forgotten here, and read anew when it is next asked for."""
@@ -99,12 +110,12 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
         source = tokens = place
     config = _load(AutoConfig, source, section, **options)
     check_architecture(config)
+    dtype = getattr(torch, native_dtype(section.dtype))
 
-    def weights() -> PreTrainedModel:
+    def load() -> PreTrainedModel:
         model, info = _load(
             AutoModelForCausalLM, source, section, config=copy.deepcopy(config),
-            dtype=getattr(torch, native_dtype(section.dtype)), use_safetensors=True,
-            output_loading_info=True, **options,
+            dtype=dtype, use_safetensors=True, output_loading_info=True, **options,
         )  # fmt: skip
         if missing := sorted(info["missing_keys"]):
             raise KoffError(
@@ -113,19 +124,38 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
             )
         return model.eval().requires_grad_(False)
 
-    model = weights()  # what is wrong with them is told now
+    def skeleton() -> PreTrainedModel:
+        with torch.device("meta"), _told(section, "configuration"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            model.generation_config = _generation(source, **options)
+        return model.eval().requires_grad_(False)
+
+    weights = Weights.find(source, section.revision)
     tokenizer = _load(AutoTokenizer, tokens, section, **options)
     dense = Dense(
-        config=copy.deepcopy(model.config),  # a cut writes into the model's own
-        open=weights,
+        config=copy.deepcopy(config),
+        open=load,
+        skeleton=skeleton,
+        weights=weights if weights is not None and weights.fit(skeleton()) else None,
         tokenizer=tokenizer,
         source=_name(section),
-        revision=getattr(model.config, "_commit_hash", None) if isinstance(place, str) else None,
-        config_sha256=config_sha256(model.config),
-        bos=first_token(tokenizer, model.config.model_type),
+        revision=getattr(config, "_commit_hash", None) if isinstance(place, str) else None,
+        config_sha256=config_sha256(config),
+        bos=first_token(tokenizer, config.model_type),
     )
-    dense.model = model
+    if dense.weights is None:
+        _ = dense.model  # what is wrong with it is told now
     return dense
+
+
+def _generation(source: str, **options: Any) -> GenerationConfig:
+    """As `from_pretrained` finds it: a file of its own, else what the model's configuration says."""
+    try:
+        return GenerationConfig.from_pretrained(source, **options)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True, **options
+        )
 
 
 def open_config(section: ModelSection, *, cache: Path | None = None) -> PretrainedConfig:
@@ -240,29 +270,25 @@ def _check_folder(folder: Path) -> None:
         raise KoffError(f"model.source '{folder}' holds no config.json: name a Hugging Face model folder")
     read_json(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weights = read_json(index)
-        names = set(weights.get("weight_map", {}).values()) if isinstance(weights, dict) else set()
-        if absent := sorted(name for name in names if not (folder / str(name)).exists()):
-            raise KoffError(
-                f"{folder} lacks {len(absent)} of its weight files such as {absent[0]}: fetch it again"
-            )
     if not files:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         why = "its weights are pickled, which is not safe to read" if pickled else "it holds no weights"
         raise KoffError(f"model.source '{folder}' has no .safetensors file ({why}): name a folder with one")
-    for file in files:
-        check_safetensors(file)
 
 
 def _load(auto: Any, source: str, section: ModelSection, **options: Any) -> Any:
     """`auto.from_pretrained` without remote code, its failures told in one sentence."""
-    try:
+    what = {AutoConfig: "configuration", AutoTokenizer: "tokenizer"}.get(auto, "weights")
+    with _told(section, what):
         return auto.from_pretrained(source, trust_remote_code=False, **options)
+
+
+@contextmanager
+def _told(section: ModelSection, what: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        what = {AutoConfig: "configuration", AutoTokenizer: "tokenizer"}.get(auto, "weights")
         raise KoffError(
             f"model.source '{_name(section)}': the {what} cannot be loaded ({lines[0][:300]}); "
             "check the name and revision, the network, or that the folder is whole"

@@ -283,8 +283,18 @@ class Export(Section):
     formats: list[Literal["safetensors", "onnx", "gguf"]] = Field(
         default=["safetensors", "onnx"], min_length=1
     )
+    shard_gb: Float = Field(
+        default=5.0,
+        gt=0,
+        description="Gigabytes (10^9 bytes) that one file of the backbone may hold.",
+    )
     onnx: OnnxExport = OnnxExport()
     gguf: GgufExport = GgufExport()
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_gb` in bytes."""
+        return int(self.shard_gb * 10**9)
 
     @field_validator("formats")
     @classmethod

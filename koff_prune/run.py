@@ -179,7 +179,7 @@ class Run:
         """The units of the dense model."""
         from koff_prune.units import read_units
 
-        return read_units(self.dense.model)
+        return read_units(self.dense.outline())
 
     @property
     def model_identity(self) -> dict[str, Any]:

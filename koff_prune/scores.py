@@ -21,6 +21,7 @@ Higher means keep. Where kinds of units mix, scores are divided by the unit's co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ from koff_prune.plan import Scores
 from koff_prune.recipe import Structure
 from koff_prune.surgeon import elimination_costs
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, ffn_group
+from koff_prune.weights import Weights
 
 Place = tuple[int, UnitKind]
 DRAWS = 2  # label sequences that the model draws for every scoring window
@@ -274,19 +276,31 @@ def score_units(
     structure: Structure,
     statistics: Statistics | None,
     seed: int = 0,
+    weights: Weights | None = None,
 ) -> Scores:
-    """A baseline's scores for every unit that the structure names, comparable over kinds and layers."""
+    """A baseline's scores for every unit that the structure names, comparable over kinds and layers.
+
+    Args:
+        method: See `UnitImportance`.
+        model: Dense; on the meta device where `weights` has its tensors, which are then read layer by layer.
+        units: Of that model.
+        structure: What can go; where it names both kinds, scores are divided by cost.
+        statistics: Of that model; magnitude and random do without.
+        seed: Of random.
+        weights: Of the model, on the disk.
+    """
     importance = UnitImportance(method, model, units, statistics, seed)
     scores: Scores = {kind: [] for kind in KINDS}
     for i, layer in enumerate(importance.layers):
-        for kind in structure.units:
-            if kind == "ffn_neurons":
-                value = importance(ffn_group(layer.mlp, range(units.layers[i].ffn_neurons)))
-            else:
-                value = importance.of_attention(layer.self_attn)
-            if len(structure.units) > 1:
-                value = value / units.layers[i].cost(kind)
-            scores[kind].append(value)
+        with weights.fill(layer, i) if weights is not None else nullcontext():
+            for kind in structure.units:
+                if kind == "ffn_neurons":
+                    value = importance(ffn_group(layer.mlp, range(units.layers[i].ffn_neurons)))
+                else:
+                    value = importance.of_attention(layer.self_attn)
+                if len(structure.units) > 1:
+                    value = value / units.layers[i].cost(kind)
+                scores[kind].append(value)
     return scores
 
 

@@ -18,7 +18,7 @@ from koff_export.files import read_json, staged_dir, write_json
 from koff_prune import ranks
 from koff_prune.chat import tokens
 from koff_prune.compensate import Compensation
-from koff_prune.cut import copy_tokenizer, cut, load_backbone, save_backbone, slice_memory
+from koff_prune.cut import copy_tokenizer, cut, cut_on_disk, load_backbone, save_backbone, slice_memory
 from koff_prune.evaluate import window_losses
 from koff_prune.gates import RE_ESTIMATED, Gates
 from koff_prune.learn import Phase, steps_of, train, whole_checkpoints
@@ -124,9 +124,11 @@ def compensation(run: Run, arm: Arm) -> Compensation | None:
 
 def baseline_scores(run: Run, method: str) -> Scores:
     """Scores of the dense model's units."""
-    needed = method not in ("magnitude", "random")
-    statistics = run.statistics if needed else None
-    return score_units(method, run.dense.model, run.units, run.recipe.structure, statistics, run.recipe.seed)
+    statistics = None if method in ("magnitude", "random") else run.statistics
+    dense, seed = run.dense, run.recipe.seed
+    return score_units(
+        method, dense.outline(), run.units, run.recipe.structure, statistics, seed, dense.weights
+    )
 
 
 def better_ranking(run: Run, method: str, compensate: str) -> str:
@@ -177,28 +179,28 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
         update={"form": arm.gates, "learning_rate": arm.gates_rate, "start": arm.gates_start}
     )
     learn = recipe.learn.model_copy(update={"gates": gates_section})
-    if (
-        arm.compensate == "none" and gates_section.start == "surgeon"
-    ):  # nothing takes over: what is left of it
+    if arm.compensate == "none" and gates_section.start == "surgeon":  # nothing takes over: what is left
         gates_section = gates_section.model_copy(update={"start": "curvature"})
     start, prior, information = _start(run, gates_section)
     scored = sum(b.scoring.numel() for b in run.domains.values())
     gates = Gates(
         run.units, recipe.structure, gates_section.form, start, recipe.seed, prior, scored, information
     )
-    memories = memories_around(run, run.fresh(), arm, arm.learned_with or "none")
-    share = _joint_share(learn)
-    train_logged(
-        run, memories, train_windows(run), learn, Phase(learn.tokens, 0.0, share), folder, "learning",
-        gates=gates, compensation=compensation(run, arm),
-    )  # fmt: skip
+    kind = arm.learned_with or "none"
+    memories = None
+    if kind != "none" or steps_of(learn.tokens, learn, len(run.domains)):  # else nobody needs the model
+        memories = memories_around(run, run.fresh(), arm, kind)
+        train_logged(
+            run, memories, train_windows(run), learn, Phase(learn.tokens, 0.0, _joint_share(learn)), folder,
+            "learning", gates=gates, compensation=compensation(run, arm),
+        )  # fmt: skip
     with ranks.turn():
         if not (folder / "gates.safetensors").exists():
             _save_learned(run, arm, folder, gates, memories, start)
 
 
 def _save_learned(
-    run: Run, arm: Arm, folder: Path, gates: Gates, memories: Memories, start: Scores | None
+    run: Run, arm: Arm, folder: Path, gates: Gates, memories: Memories | None, start: Scores | None
 ) -> None:
     """gates.safetensors, last of all, says that the joint training is finished."""
     tensors = {"alpha": gates.alpha.detach(), "start": torch.empty(0)}
@@ -207,7 +209,7 @@ def _save_learned(
         tensors["start"] = before.alpha.detach()
         shared = overlap(before, gates)
         say(f"learning moved the mask: {shared:.1%} of the removed units were the start's choice")
-    if memories.memory.kind != "none":
+    if memories is not None and memories.memory.kind != "none":
         with staged_dir(folder / "learned") as aside:
             for name in memories.domains:
                 save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
@@ -272,6 +274,16 @@ def plan_arm(run: Run, arm: Arm, folder: Path) -> Plan:
     return plan
 
 
+def _write_backbone(run: Run, arm: Arm, plan: Plan, folder: Path) -> None:
+    """Layer by layer where the dense weights can be read so, else through memory."""
+    dense, solve, limit = run.dense, compensation(run, arm), run.recipe.export.shard_bytes
+    if dense.weights is None:
+        save_backbone(cut(dense.take(), plan, solve), folder, limit)
+    else:
+        cut_on_disk(dense.skeleton, dense.weights, plan, folder, solve, limit)
+    copy_tokenizer(dense.tokenizer, folder)
+
+
 def _cut_model(run: Run, arm: Arm, plan: Plan | None) -> Any:
     solve = None if plan is None else compensation(run, arm)
     model = run.fresh()
@@ -294,11 +306,9 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
     plan = None if arm.method == "dense" else plan_arm(run, arm, folder)
     backbone = folder / "backbone"
     with ranks.turn():
-        if keep_backbone and not (backbone / "model.safetensors").exists():
-            model = _cut_model(run, arm, plan)
+        if keep_backbone and plan is not None and not backbone.exists():
             with staged_dir(backbone) as aside:
-                save_backbone(model, aside)
-                copy_tokenizer(run.dense.tokenizer, aside)
+                _write_backbone(run, arm, plan, aside)
     model = load_backbone(backbone) if keep_backbone else _cut_model(run, arm, plan)
     memories = memories_around(run, model, arm, arm.trained_with)
     if arm.trained_with == "none":
@@ -309,11 +319,8 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
             for name in memories.domains:
                 learned = load_memory(folder / "learned" / name)
                 memories.load(name, slice_memory(learned, plan, run.units))
-            phase, skip, label = (
-                Phase(learn.settle_tokens, _joint_share(learn), 1.0),
-                learn.tokens,
-                "settling",
-            )
+            phase = Phase(learn.settle_tokens, _joint_share(learn), 1.0)
+            skip, label = learn.tokens, "settling"
         else:
             phase, skip, label = Phase(learn.tokens + learn.settle_tokens, 0.0, 1.0), 0, "training memories"
         train_logged(run, memories, train_windows(run, skip), learn, phase, folder, label)

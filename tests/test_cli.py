@@ -240,7 +240,7 @@ def test_a_full_disk_when_a_file_is_renamed(
     assert (out / "backbone" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("where", ["save_backbone", "save_memory"])
+@pytest.mark.parametrize("where", ["cut_on_disk", "save_memory"])
 def test_a_full_disk_inside_a_stage(
     place: Path,
     tmp_path: Path,

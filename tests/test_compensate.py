@@ -32,7 +32,9 @@ def test_no_layers_squared_error_rises_on_the_solve_tokens(shape: str, ridge: fl
         handle.remove()
     plan = random_plan(units)
     before = {(i, k): consumer(x, k).weight.clone() for i, x in enumerate(model.model.layers) for k in KINDS}
-    Compensation(statistics.second, ridge, units).fold(model, plan.layers)
+    solve = Compensation(statistics.second, ridge, units)
+    for i, layer in enumerate(model.model.layers):
+        solve.fold(layer, i, plan.layers)
     better = 0
     for (i, kind), w in before.items():
         gone = removed(units, i, kind, plan.layers[i][kind])
