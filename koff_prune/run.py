@@ -40,6 +40,8 @@ PACKAGES = ("koff-prune", "torch", "transformers", "peft", "torch-pruning", "opt
             "datasets",
             "onnx", "onnxruntime", "safetensors", "numpy")  # fmt: skip
 
+STATISTICS = "statistics.safetensors"
+
 
 def versions() -> dict[str, str]:
     """Of everything that a result may depend on."""
@@ -219,7 +221,7 @@ class Run:
         from koff_prune.scores import Statistics, collect
 
         with ranks.turn():
-            path = self.folder / "statistics.safetensors"
+            path = self.folder / STATISTICS
             if not path.exists():
                 windows = [w for blocks in self.domains.values() for w in blocks.scoring]
                 with bar("scoring units", sum(len(w) for w in windows)) as progress, self.timed("score"):

@@ -20,13 +20,15 @@ Higher means keep. Where kinds of units mix, scores are divided by the unit's co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning as tp
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -82,6 +84,30 @@ class Statistics:
                 table, i, kind = name.split(".")
                 getattr(result, table)[(int(i), kind)] = tensor
         return result
+
+
+class StoredMoments(Mapping[Place, torch.Tensor]):
+    """`Statistics.second` in the file that a run keeps: each is read when it is asked for, and none is held.
+
+    Of a large model they are more than its weights.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            parts = [name.split(".") for name in file.keys()]  # noqa: SIM118
+        self.names: dict[Place, str] = {(int(p[1]), p[2]): ".".join(p) for p in parts if p[0] == "second"}
+
+    def __getitem__(self, place: Place) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(self.names[place])
+        return tensor
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def consumer(layer: Any, kind: UnitKind) -> nn.Linear:
