@@ -94,9 +94,10 @@ class Compensation:
 
 
 class PredictionHooks:
-    """Adds the prediction of closed units to the consumers' base layers while gates are learned.
+    """Puts predictions where units are closed, for the consumers' base layers, while gates are learned.
 
-    It sits behind the base layer inside PEFT's wrapper: LoRA never sees it, as it will not after the cut.
+    It sits in front of the base layer inside PEFT's wrapper: LoRA never sees it, as it will not after the
+    cut. On a consumer without a wrapper it must come after the gates.
     """
 
     def __init__(self, model: nn.Module, compensation: Compensation) -> None:
@@ -108,7 +109,7 @@ class PredictionHooks:
             for kind in {kind for at, kind in compensation.second if at == i}:
                 module: Any = consumer(layer, kind)
                 base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-                self._handles.append(base.register_forward_hook(self._hook((i, kind))))
+                self._handles.append(base.register_forward_pre_hook(self._hook((i, kind))))
 
     def refresh(self, kept: Kept, dtype: torch.dtype) -> None:
         """Solves for the units that `kept` leaves out. B is spread over all channels, zero at closed ones."""
@@ -119,19 +120,18 @@ class PredictionHooks:
             self._tables[place] = (wide.to(dtype), drop)
 
     def _hook(self, place: Place) -> Any:
-        def add(
-            module: nn.Linear, args: tuple[torch.Tensor, ...], output: torch.Tensor
-        ) -> torch.Tensor | None:
+        def fill(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
             z = self.z.get(place)
             table = self._tables.get(place)
             if z is None or table is None:
                 return None
             wide, drop = table
+            x = args[0]
             # 1 - z is 1 for a closed unit; its gradient is minus the unit's own
-            predicted = functional.linear(args[0], wide) * (1 - z[drop]).to(args[0].dtype)
-            return output + functional.linear(predicted, module.weight[:, drop])
+            predicted = functional.linear(x, wide) * (1 - z[drop]).to(x.dtype)
+            return (x.index_add(-1, drop, predicted), *args[1:])
 
-        return add
+        return fill
 
     def remove(self) -> None:
         """Takes the hooks off."""

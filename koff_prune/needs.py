@@ -84,7 +84,7 @@ def needs(recipe: Recipe, config: dict[str, Any], units: Units, plan: Plan, devi
         parts.append(("predictions", f"{closed:,} closed neurons x {inner:,} x {each} bytes",
                       closed * inner * each))  # fmt: skip
         moments = layers * inner**2 * 4
-        work += closed * (inner + hidden)
+        work += closed * inner
         said = f"{work / 1e9:.2f} G (blocks, head, attention, predictions"
     return Needs(
         tuple(parts), windows, moments, passes * work + 6 * memory,
