@@ -267,12 +267,11 @@ class OnnxExport(Section):
     profiles: list[Literal["portable", "fused"]] = Field(
         default=["portable"],
         min_length=1,
-        description="portable: ONNX's own operators. fused: ONNX Runtime's, faster; shares the weights' files.",
+        description="portable: ONNX's own operators. fused: ONNX Runtime's, faster, same weights.",
     )
     javascript: Bool = Field(
         default=False, description="Also graphs whose slots are required inputs, as JavaScript needs them."
     )
-
 
     @field_validator("profiles")
     @classmethod

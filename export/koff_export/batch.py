@@ -42,15 +42,18 @@ class _Rows:
         }
         if count == 1 or not self.one_by_one:
             logits, *present = self._run(feeds, self.past)
-            self.past = dict(zip(self.past, present, strict=True))
-            return logits.numpy()[:, -1].astype(np.float32, copy=False)
-        found = [
-            self._run({name: a[i : i + 1] for name, a in feeds.items()}, self.runtime.empty_cache)
-            for i in range(rows)
-        ]
-        joined = (np.concatenate([v.numpy() for v in values]) for values in list(zip(*found, strict=True))[1:])
-        self.past = dict(zip(self.past, map(ort.OrtValue.ortvalue_from_numpy, joined), strict=True))
-        return np.concatenate([logits.numpy()[:, -1] for logits, *_ in found]).astype(np.float32, copy=False)
+            last = logits.numpy()[:, -1]
+        else:
+            each = [
+                self._run({name: a[i : i + 1] for name, a in feeds.items()}, self.runtime.empty_cache)
+                for i in range(rows)
+            ]
+            last = np.concatenate([logits.numpy()[:, -1] for logits, *_ in each])
+            columns = zip(*(present for _, *present in each), strict=True)
+            joined = (np.concatenate([value.numpy() for value in column]) for column in columns)
+            present = [ort.OrtValue.ortvalue_from_numpy(array) for array in joined]
+        self.past = dict(zip(self.past, present, strict=True))
+        return last.astype(np.float32, copy=False)
 
     def _run(self, feeds: dict[str, np.ndarray], past: dict[str, ort.OrtValue]) -> list[ort.OrtValue]:
         values = {

@@ -61,8 +61,8 @@ class Domain:
 class Graph:
     """The ONNX graph, as `koff_export.onnx.GraphInfo`.
 
-    `precisions` maps a name ("fp32") to the path of the portable graph; `fused` does so for the fused profile, and is
-    empty in a bundle without it.
+    `precisions` maps a name ("fp32") to the path of the portable graph; `fused` does so for the fused
+    profile, and is empty in a bundle without it.
     """
 
     layers: int

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--profile",
         metavar="NAME",
-        help="portable or fused: which graph to run (default: fused, the faster one, where the bundle has it)",
+        help="which graph to run: portable or fused (default: fused, the faster one, where there is one)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: all cores)")
     parser.add_argument("--no-verify", action="store_true", help="skip the sha256 checks")

@@ -1,9 +1,10 @@
 """The fused profile: the backbone's graph in ONNX Runtime's own operators, as onnxruntime-genai builds it.
 
-Attention is one GroupQueryAttention per layer, rotation included; residual and norm are one
-SkipSimplifiedLayerNormalization. Inputs, slots and outputs are those of the portable graph
-(`koff_export.onnx.export_onnx`), so the two take the same memories. What is written here is written by hand,
-node by node: nothing is traced, and an export takes seconds.
+Attention is one GroupQueryAttention per layer; residual and norm are one SkipSimplifiedLayerNormalization.
+The rotation is an operator of its own, because GroupQueryAttention's takes no notice of `position_ids` while
+it reads the first tokens (seen in ONNX Runtime 1.32), and padded rows would be rotated wrongly. Inputs, slots
+and outputs are those of the portable graph (`koff_export.onnx.export_onnx`), so the two take the same
+memories. The graph is written node by node, nothing is traced: an export takes seconds.
 
 The memory goes in front of the cached text as the past that GroupQueryAttention sees, and is cut off from
 what it hands back: the cache holds text only. Padding on the left is hidden by the attention bias.
@@ -157,6 +158,8 @@ def _attention(
         if norm is not None:  # per head, before the rotation
             y = g.op("Reshape", y, g.numbers(0, 0, -1, module.head_dim))
             y = g.op("Reshape", g.norm(y, norm, f"{path}.{kind}_norm"), g.numbers(0, 0, -1))
+        if kind != "v":
+            y = g.op("RotaryEmbedding", y, shared["positions"], "cos", "sin", domain="com.microsoft")
         qkv.append(y)
     past = [f"past_key_values.{i}.{kind}" for kind in ("key", "value")]
     present = [f"present.{i}.{kind}" for kind in ("key", "value")]
@@ -165,10 +168,10 @@ def _attention(
         front = [g.op("Expand", f"memory.{i}.{kind}", shared["front"]) for kind in ("key", "value")]
         past = [g.op("Concat", *pair, axis=2) for pair in zip(front, past, strict=True)]
         whole = [f"{name}.whole" for name in present]
-    inputs = [*qkv, *past, shared["last"], shared["total"], "cos", "sin", shared["positions"], shared["bias"]]
+    inputs = [*qkv, *past, shared["last"], shared["total"], "", "", "", shared["bias"]]
     y = f"attention.{i}"
     g.nodes.append(helper.make_node(
-        "GroupQueryAttention", inputs, [y, *whole], name=y, domain="com.microsoft", do_rotary=1,
+        "GroupQueryAttention", inputs, [y, *whole], name=y, domain="com.microsoft", do_rotary=0,
         num_heads=module.q_proj.out_features // module.head_dim, scale=module.scaling,
         kv_num_heads=module.k_proj.out_features // module.head_dim,
     ))  # fmt: skip

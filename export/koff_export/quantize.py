@@ -49,7 +49,7 @@ def quantize(
         model_path: A graph written by `export_onnx` or `export_fused`.
         out_path: Where to write, e.g. `onnx/model_int8.onnx`.
         bits: 8 or 4.
-        beside: A graph of the same bits in the same folder: weights that its data file holds are read from there.
+        beside: A graph of the same bits in the same folder; weights in its data file are read from there.
 
     Raises:
         KoffError: another number of bits, or the disk refuses.

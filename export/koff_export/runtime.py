@@ -64,10 +64,10 @@ class Runtime:
             precision: One of the manifest's precisions, e.g. "fp32", "int8".
             verify: Compare the sha256 of every file before it is used.
             threads: Threads of ONNX Runtime; None leaves the choice to it.
-            profile: "portable" or "fused"; None takes the fused one, which is faster, where the bundle has it.
+            profile: "portable" or "fused"; None takes the fused one, the faster, where there is one.
 
         Raises:
-            KoffError: no bundle, an unknown precision or profile, or a file that is missing, changed or hostile.
+            KoffError: no bundle, no such precision or profile, or a file missing, changed or hostile.
         """
         folder = Path(bundle)
         manifest = open_manifest(folder)
@@ -76,15 +76,10 @@ class Runtime:
         profiles = manifest.graph.profiles
         profile = profile or [*profiles][-1]
         if profile not in profiles:
-            raise KoffError(
-                f"the bundle has no profile {profile!r}; it has: {', '.join(profiles)}"
-                " (export.onnx.profiles in the recipe asks for more)"
-            )
+            raise KoffError(f"the bundle has no profile {profile!r}; it has: {', '.join(profiles)}")
         paths = profiles[profile]
         if precision not in paths:
-            raise KoffError(
-                f"the bundle has no precision {precision!r}; it has: {', '.join(paths) or 'none'}"
-            )
+            raise KoffError(f"the bundle has no precision {precision!r}; it has: {', '.join(paths)}")
         path = check_file(folder, manifest, paths[precision], hashes=verify)
         for data in check_onnx(path, folder):
             check_file(folder, manifest, data.relative_to(folder).as_posix(), hashes=verify)
@@ -314,7 +309,7 @@ class Runtime:
             pending = [token]
 
     def kv_tokens(self, memory: str | None) -> int:
-        """Length of the learned KV in front of a text under a loaded `memory`, or under the bare graph."""
+        """Length of the learned KV of a loaded `memory`, or of the bare graph."""
         return self._kv_tokens.get(memory or "", 0)
 
     def room(self, ids: Sequence[int], memory: str | None, wanted: int) -> int:

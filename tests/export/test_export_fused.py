@@ -147,9 +147,7 @@ def test_the_graph_is_made_of_fused_operators(bundle: Bundle) -> None:
     assert "Softmax" not in kinds
 
 
-def test_the_profile_is_chosen(
-    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_profile_is_chosen(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(folder: Path, *options: str) -> tuple[int, str, str]:
         code = main([str(folder), "--prompt", "the law", "--max-new-tokens", "5", "--threads", "1", *options])
         return code, *capsys.readouterr()
@@ -195,7 +193,7 @@ def test_a_baked_memory_needs_no_slots(length: int, tmp_path: Path) -> None:
         ("gemma3", {}, "not gemma3_text"),
         ("llama", {"hidden_act": "gelu"}, "silu, not gelu"),
         ("llama", {"head_dim": 8}, "multiple of 16, not of 8"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "not dynamic"),
+        ("llama", {"rope_parameters": {**LLAMA3, "rope_type": "dynamic"}}, "not dynamic"),
         ("mistral", {"sliding_window": 4}, "no sliding windows"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "no sliding"),
     ],
