@@ -51,9 +51,9 @@ class Graph:
         self.run = ort.RunOptions()
         if adapter:
             begun = time.perf_counter()
-            loaded = ort.LoraAdapter()
-            loaded.Load(adapter)
-            self.run.add_active_adapter(loaded)
+            self.adapter = ort.LoraAdapter()  # the options do not keep it alive
+            self.adapter.Load(adapter)
+            self.run.add_active_adapter(self.adapter)
             self.told["swap_ms"] = (time.perf_counter() - begun) * 1e3
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.empty = {

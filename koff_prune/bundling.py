@@ -47,7 +47,10 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
     """
     recipe = run.recipe
     target = run.folder / ("bundle" if merge is None else f"bundle-{merge}")
-    stamp = {"export": recipe.export.model_dump(mode="json"), **({"merge": merge} if merge else {})}
+    stamp: dict[str, Any] = {
+        "export": recipe.export.model_dump(mode="json"),
+        **({"merge": merge} if merge else {}),
+    }
     if recipe.export.onnx.profiles == ["portable"]:
         del stamp["export"]["onnx"]["profiles"]  # bundles made before there was a choice do not name it
     if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get(

@@ -70,7 +70,7 @@ def write_onnx(
     info = export_onnx(model, folder, lora_modules=modules, baked=baked, progress=say)
     for name, place in places.items():
         write_onnx_memory(place, folder / "onnx" / "memories" / f"{name}.onnx_adapter", info.layers)
-    few = {name: {"int8": 8, "int4": 4}[name] for name in export.onnx.precision if name != "fp32"}
+    few = {str(name): {"int8": 8, "int4": 4}[name] for name in export.onnx.precision if name != "fp32"}
     precisions = {"fp32": "onnx/model.onnx", **{name: f"onnx/model_{name}.onnx" for name in few}}
     told = {**vars(info), "precisions": precisions}
     if fused:

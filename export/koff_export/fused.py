@@ -228,7 +228,8 @@ def export_fused(
         g = _Graph(weights)
         _rotation(g, model)
         shared = _shared_inputs(g, memory)
-        embedding = g.weight("model.embed_tokens.weight", model.get_input_embeddings().weight)
+        table: Any = model.get_input_embeddings().weight
+        embedding = g.weight("model.embed_tokens.weight", table)
         residual = g.op("Gather", embedding, "input_ids")
         x = ""
         for i, layer in enumerate(model.model.layers):
@@ -242,8 +243,8 @@ def export_fused(
             x, residual = g.skip_norm(x, residual, after, f"{here}.post_attention_layernorm")
             x = _feed_forward(g, x, layer.mlp, f"{here}.mlp", slots)
         x, _ = g.skip_norm(x, residual, model.model.norm, "model.norm")
-        head = model.get_output_embeddings().weight
-        if head is model.get_input_embeddings().weight:  # in the file once
+        head: Any = model.get_output_embeddings().weight
+        if head is table:  # in the file once
             last = g.op("Transpose", embedding, perm=[1, 0], name="tied_head_weight")
         else:
             last = g.weight("lm_head.weight", head.T)

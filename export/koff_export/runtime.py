@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from koff_export.adapter import first_line, open_adapter
+from koff_export.adapter import Options, first_line, open_adapter
 from koff_export.bundle import Manifest, check_file, open_manifest
 from koff_export.cached import CachedText
 from koff_export.errors import KoffError
@@ -186,10 +186,11 @@ class Runtime:
 
     def run_options(self, memory: str | None) -> ort.RunOptions:
         """Options for calls with `memory` attached, or for the bare backbone."""
-        options = ort.RunOptions()
+        options = Options()
         if memory is not None:
             self.memory(memory)
-            options.add_active_adapter(self._adapters[memory])
+            options.adapter = self._adapters[memory]
+            options.add_active_adapter(options.adapter)
         return options
 
     def run(self, feeds: dict[str, ort.OrtValue], options: ort.RunOptions) -> list[ort.OrtValue]:

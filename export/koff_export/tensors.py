@@ -20,6 +20,11 @@ def _external(tensor: onnx.TensorProto) -> tuple[str, int, int]:
     return entries["location"], int(entries.get("offset", 0)), int(entries["length"])
 
 
+def _digest(array: np.ndarray) -> bytes:
+    """SHA-256 of a contiguous array's bytes, without a copy of them."""
+    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest()
+
+
 class TensorFile:
     """The data file of one graph; a context manager.
 
@@ -41,7 +46,7 @@ class TensorFile:
                 if tensor.data_location == onnx.TensorProto.EXTERNAL:
                     location, offset, length = where = _external(tensor)
                     data = np.memmap(beside.parent / location, np.uint8, "r", offset, (length,))
-                    self._known.setdefault(hashlib.sha256(data).digest(), where)
+                    self._known.setdefault(_digest(data), where)
         self._file: BinaryIO = self.path.open("wb")
 
     def __enter__(self) -> TensorFile:
@@ -58,7 +63,7 @@ class TensorFile:
         """The initializer `name` for a contiguous `array`: inside of the graph if it is small."""
         if array.nbytes < _INLINE:
             return onnx.numpy_helper.from_array(array, name)
-        where = self._known.get(hashlib.sha256(array.reshape(-1).view(np.uint8)).digest())
+        where = self._known.get(_digest(array))
         if where is None:
             self._file.write(bytes(-self._file.tell() % _ALIGN))
             where = (self.path.name, self._file.tell(), array.nbytes)
