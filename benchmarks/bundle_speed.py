@@ -1,11 +1,15 @@
 """Size and speed of a bundle beside the dense model in the same formats: ratios within one run.
 
-python benchmarks/bundle_speed.py RUN [--tokens 32] [--repeat 3]
+python benchmarks/bundle_speed.py RUN [--tokens 32] [--rounds 5] [--precision int4] [--threads N] [--genai]
 
-RUN is a finished run whose bundle holds ONNX graphs. The dense model is exported with its slots and
-precisions into RUN/dense-onnx, once. Every session runs in its own process, on the same threads, slim and
-dense in turns. Where RUN also has bundle-<first domain>/ (export --merge), that stands beside them. Writes
-benchmarks/bundle_speed.json.
+RUN is a finished run whose bundle holds ONNX graphs, best of both profiles and all precisions. The dense
+model is exported with the same slots, profiles and precisions into RUN/dense-onnx, once. Where RUN also has
+bundle-<first domain>/ (export --merge), that stands beside them; with --genai, onnxruntime-genai's own int4
+build of the dense model too, run by onnxruntime-genai.
+
+What is compared is open in one process and takes turns every few tokens, so that whatever disturbs the
+machine disturbs all alike; ratios are taken round by round, and their median is told. Slots are alike on both
+sides: dense and slim have them, and they are empty. Writes benchmarks/bundle_speed.json.
 """
 
 from __future__ import annotations
@@ -16,79 +20,170 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 PROMPTS = (16, 512)
+BATCHES = (1, 8)
+TURN = 4  # tokens before the next one is at it
+BITS = {"int8": 8, "int4": 4}
+
+Case = tuple[str, str | None]  # a graph, or a folder that onnxruntime-genai opens; a memory's file
 
 
-def measure(graph: str, adapter: str | None, tokens: int) -> dict[str, float]:
-    """Opens one graph and times it: prefill and decode in tokens/s, opening a memory in ms."""
-    import numpy as np
-    import onnxruntime as ort
+class Graph:
+    """One open graph, with a memory or without."""
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    begun = time.perf_counter()
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    found: dict[str, float] = {"open_s": time.perf_counter() - begun}
-    run = ort.RunOptions()
-    if adapter:
+    def __init__(self, path: str, adapter: str | None, threads: int) -> None:
+        """Opens it; how long that took is in `told`."""
+        import numpy as np
+        import onnxruntime as ort
+
+        self.np, self.ort = np, ort
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 4, threads
         begun = time.perf_counter()
-        loaded = ort.LoraAdapter()
-        loaded.Load(adapter)
-        run.add_active_adapter(loaded)
-        found["swap_ms"] = (time.perf_counter() - begun) * 1e3
-    empty = {
-        i.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32))
-        for i in session.get_inputs() if i.name.startswith("past_key_values")
-    }  # fmt: skip
-    outputs = [o.name for o in session.get_outputs()]
+        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.told = {"open_s": time.perf_counter() - begun}
+        self.run = ort.RunOptions()
+        if adapter:
+            begun = time.perf_counter()
+            self.adapter = ort.LoraAdapter()  # the options do not keep it alive
+            self.adapter.Load(adapter)
+            self.run.add_active_adapter(self.adapter)
+            self.told["swap_ms"] = (time.perf_counter() - begun) * 1e3
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.empty = {
+            i.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32))
+            for i in self.session.get_inputs() if i.name.startswith("past_key_values")
+        }  # fmt: skip
+        self.past: dict[str, Any] = {}
 
-    def call(ids: Any, at: int, past: dict[str, Any]) -> dict[str, Any]:
+    def prefill(self, prompt: int) -> None:
+        """Reads a prompt of so many tokens, one row."""
+        self.past, self.length, self.batch = self.empty, 0, 1
+        self._call(self.np.random.default_rng(0).integers(3, 250, (1, prompt)))
+
+    def widen(self, batch: int) -> None:
+        """Makes the text so many equal ones."""
+        value = self.ort.OrtValue.ortvalue_from_numpy
+        self.past = {n: value(self.np.repeat(v.numpy(), batch, 0)) for n, v in self.past.items()}
+        self.batch = batch
+
+    def decode(self, tokens: int) -> None:
+        """Reads so many more, one at a time."""
+        for _ in range(tokens):
+            self._call(self.np.full((self.batch, 1), 5))
+
+    def _call(self, ids: Any) -> None:
+        end = self.length + ids.shape[1]
         feeds = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, at + ids.shape[1]), np.int64),
-            "position_ids": np.arange(at, at + ids.shape[1])[None],
+            "input_ids": ids.astype(self.np.int64),
+            "attention_mask": self.np.ones((len(ids), end), self.np.int64),
+            "position_ids": self.np.arange(self.length, end)[None].repeat(len(ids), 0),
         }
-        values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
-        result = session.run_with_ort_values(outputs, {**values, **past}, run)
-        return dict(zip(past, result[1:], strict=True))
+        values = {name: self.ort.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
+        result = self.session.run_with_ort_values(self.outputs, {**values, **self.past}, self.run)
+        self.past, self.length = dict(zip(self.past, result[1:], strict=True)), end
 
-    call(np.ones((1, 4), np.int64), 0, empty)
-    for prompt in PROMPTS:
-        ids = np.random.default_rng(0).integers(3, 250, (1, prompt))
+
+class Genai:
+    """The same for a folder that onnxruntime-genai opens."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        """Opens it."""
+        import numpy as np
+        import onnxruntime_genai as genai
+
+        self.np, self.genai, self.told = np, genai, {}
+        config = genai.Config(folder)
+        options = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
+        self.model = genai.Model(config)
+
+    def prefill(self, prompt: int) -> None:
+        """Reads a prompt of so many tokens, one row."""
+        self.prompt = self.np.random.default_rng(0).integers(3, 250, (1, prompt)).astype(self.np.int32)
+        self.widen(1)
+
+    def widen(self, batch: int) -> None:
+        """Makes the text so many equal ones."""
+        settings = self.genai.GeneratorParams(self.model)
+        limit = self.prompt.shape[1] + 1024
+        settings.set_search_options(do_sample=False, max_length=limit, min_length=limit, batch_size=batch)
+        self.generator = self.genai.Generator(self.model, settings)
+        self.generator.append_tokens(self.prompt.repeat(batch, 0))
+
+    def decode(self, tokens: int) -> None:
+        """Reads so many more, one at a time."""
+        for _ in range(tokens):
+            self.generator.generate_next_token()
+
+
+def race(cases: dict[str, Case], tokens: int, rounds: int, threads: int) -> list[dict[str, dict[str, float]]]:
+    """Seconds by case and measure, of every round. All cases are open at once and take turns."""
+    opened: dict[str, Any] = {
+        name: Graph(path, adapter, threads) if path.endswith(".onnx") else Genai(path, threads)
+        for name, (path, adapter) in cases.items()
+    }
+
+    def timed(row: dict[str, float], key: str, work: Callable[[], None]) -> None:
         begun = time.perf_counter()
-        past = call(ids, 0, empty)
-        found[f"prefill_{prompt}"] = prompt / (time.perf_counter() - begun)
-        begun = time.perf_counter()
-        for n in range(tokens):
-            past = call(ids[:, :1], prompt + n, past)
-        found[f"decode_{prompt}"] = tokens / (time.perf_counter() - begun)
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        found["peak_mb"] = int(line.split()[1]) / 1024
+        work()
+        row[key] = row.get(key, 0.0) + time.perf_counter() - begun
+
+    for case in opened.values():
+        case.prefill(4)
+        case.decode(2)
+    found = []
+    for n in range(rounds):
+        rows: dict[str, dict[str, float]] = {name: {} for name in opened}
+        order = list(opened.items())[:: 1 if n % 2 else -1]  # nobody is always behind the same one
+        for prompt in PROMPTS:
+            for name, case in order:
+                timed(rows[name], f"prefill_{prompt}", partial(case.prefill, prompt))
+            for batch in BATCHES:
+                for _, case in order:
+                    case.prefill(prompt)
+                    case.widen(batch)
+                    case.decode(1)
+                for _ in range(0, tokens, TURN):
+                    for name, case in order:
+                        timed(rows[name], f"decode_{prompt}x{batch}", partial(case.decode, TURN))
+        found.append(rows)
     return found
 
 
-def in_a_process(graph: Path, adapter: Path | None, tokens: int) -> dict[str, float]:
-    """`measure` in a fresh interpreter."""
-    command = [sys.executable, __file__, "--measure", graph, adapter or "none", "--tokens", str(tokens)]
-    answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    result: dict[str, float] = json.loads(answer.stdout)
-    return result
+def footprint(path: str, adapter: str | None, threads: int) -> dict[str, float]:
+    """Seconds to open a graph, milliseconds to open a memory, and the process's peak of memory."""
+    graph = Graph(path, adapter, threads)
+    graph.prefill(16)
+    graph.decode(2)
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        graph.told["peak_mb"] = int(line.split()[1]) / 1024
+    return graph.told
+
+
+def in_a_process(kind: str, *arguments: Any) -> Any:
+    """`race` or `footprint` in a fresh interpreter."""
+    command = [sys.executable, __file__, "--child", json.dumps([kind, *arguments])]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def size_mb(graph: Path) -> float:
-    """Of a graph with the data beside it."""
+    """Of a graph with the data beside it; most weights of a fused one are in the portable one's data."""
     return sum(p.stat().st_size for p in graph.parent.glob(f"{graph.name}*")) / 1e6
 
 
-def dense_graphs(run: Path) -> dict[str, Path]:
-    """The dense model's graphs with the slots and precisions of the run's bundle."""
+def dense_graphs(run: Path) -> dict[str, dict[str, Path]]:
+    """The dense model's graphs with the slots, profiles and precisions of the run's bundle."""
     from koff_export.bundle import open_manifest
+    from koff_export.fused import export_fused
     from koff_export.onnx import export_onnx
     from koff_export.quantize import quantize
     from koff_prune.run import finished_run
@@ -97,56 +192,135 @@ def dense_graphs(run: Path) -> dict[str, Path]:
     assert graph is not None
     folder = run / "dense-onnx"
     modules = [i.removesuffix(".lora_A.weight") for i in graph.inputs if i.endswith(".lora_A.weight")]
-    if not (folder / "onnx" / "model.onnx").exists():
+    paths = {
+        profile: {name: folder / path for name, path in table.items()}
+        for profile, table in graph.profiles.items()
+    }
+    if any(not table["fp32"].exists() for table in paths.values()):
         with finished_run(run) as opened:
-            export_onnx(opened.dense.model, folder, lora_modules=modules, progress=print)
-    paths = {name: folder / path for name, path in graph.precisions.items()}
-    for name, path in paths.items():
-        if not path.exists():
-            quantize(folder / "onnx/model.onnx", path, {"int8": 8, "int4": 4}[name])
+            model = opened.dense.model.float()
+            portable = paths["portable"]["fp32"]
+            if not portable.exists():
+                export_onnx(model, folder, lora_modules=modules, progress=print)
+            if "fused" in paths:
+                export_fused(model, paths["fused"]["fp32"], portable)
+    for profile, table in paths.items():
+        for name, path in table.items():
+            if not path.exists():
+                beside = paths["portable"][name] if profile == "fused" else None
+                quantize(table["fp32"], path, BITS[name], beside)
     return paths
 
 
-def compare(run: Path, tokens: int, repeat: int) -> dict[str, Any]:
-    """Medians of every measure, and slim beside dense."""
+def genai_build(run: Path) -> Path:
+    """Onnxruntime-genai's own int4 build of the dense model, made once."""
+    from koff_prune.run import finished_run
+
+    folder, source = run / "dense-genai", run / "dense-hf"
+    if not (folder / "genai_config.json").exists():
+        from koff_prune.cut import save_backbone
+
+        source.mkdir(exist_ok=True)
+        with finished_run(run) as opened:
+            save_backbone(opened.dense.model, source)
+            opened.dense.tokenizer.save_pretrained(source)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", folder]
+        command += ["-p", "int4", "-e", "cpu", "-c", run / "genai-cache"]
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def first_token(bundle: Path, precision: str, rounds: int) -> dict[str, float]:
+    """Seconds from `koff-run` to its end after one token, imports and checks of the files included."""
+    from koff_export.bundle import open_manifest
+
+    manifest = open_manifest(bundle)
+    assert manifest.graph is not None
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for profile in manifest.graph.profiles:
+            for check in ((), ("--no-verify",)):
+                command = [sys.executable, "-m", "koff_export.cli", str(bundle), "--profile", profile, *check]
+                command += ["--precision", precision, "--prompt", "The", "--max-new-tokens", "1"]
+                begun = time.perf_counter()
+                subprocess.run(command, check=True, capture_output=True)
+                name = " ".join([profile, *check])
+                found.setdefault(name, []).append(time.perf_counter() - begun)
+    return {name: round(statistics.median(seconds), 3) for name, seconds in found.items()}
+
+
+def tell(rounds: list[dict[str, dict[str, float]]], tokens: int) -> dict[str, Any]:
+    """Median tokens/s by case, and the median of the ratios to every other case that a claim is about."""
+    cases, keys = list(rounds[0]), list(next(iter(rounds[0].values())))
+    first = cases[0]
+
+    def amount(key: str) -> float:
+        kind, _, rest = key.partition("_")
+        prompt, _, batch = rest.partition("x")
+        return float(prompt) if kind == "prefill" else -(-tokens // TURN) * TURN * float(batch)
+
+    def ratio(a: str, b: str, key: str) -> float:
+        return round(statistics.median(row[b][key] / row[a][key] for row in rounds), 3)
+
+    pairs = [(case, first) for case in cases[1:]]
+    if "merged" in cases:
+        pairs.append(("slim+memory", "merged"))
+    return {
+        "tokens_per_s": {
+            case: {key: round(amount(key) / statistics.median(row[case][key] for row in rounds), 2)
+                   for key in keys} for case in cases
+        },
+        "ratios": {f"{a}/{b}": {key: ratio(a, b, key) for key in keys} for a, b in pairs},
+    }  # fmt: skip
+
+
+def compare(run: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Every race, precision by precision."""
     from koff_export.bundle import open_manifest
 
     manifest = open_manifest(run / "bundle")
     assert manifest.graph is not None
     name, told = next(iter(manifest.domains.items()))
-    adapter = run / "bundle" / str(told.adapter)
+    adapter = str(run / "bundle" / str(told.adapter))
     dense = dense_graphs(run)
+    genai = genai_build(run) if args.genai else None
     result: dict[str, Any] = {
         "parameters": manifest.parameters,
         "arithmetic": manifest.parameters["dense"] / manifest.parameters["slim"],
-        "memory": name,
-        "adapter_mb": adapter.stat().st_size / 1e6,
-        "precision": {},
+        "memory": {"name": name, "lora_rank": told.lora_rank, "kv_tokens": told.kv_tokens},
+        "first_token_s": {},
+        "races": {},
+        "footprint": {},
     }
-    for precision, path in manifest.graph.precisions.items():
-        slim = run / "bundle" / path
-        cases = {"dense": (dense[precision], None), "slim": (slim, None), "slim+memory": (slim, adapter)}
-        merged = run / f"bundle-{name}" / path
-        if merged.exists():
-            cases["merged"] = (merged, None)
-        taken: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
-        for _ in range(repeat):
-            for case, (graph, memory) in cases.items():
-                taken[case].append(in_a_process(graph, memory, tokens))
-        table = {
-            case: {key: round(statistics.median(t[key] for t in rows), 2) for key in rows[0]}
-            | {"file_mb": round(size_mb(cases[case][0]), 3)}
-            for case, rows in taken.items()
-        }
-        ratios = {
-            f"{case}/dense": {key: round(row[key] / table["dense"][key], 3) for key in table["dense"]}
-            for case, row in table.items() if case != "dense"
-        }  # fmt: skip
-        if "merged" in table:
-            ratios["slim+memory/merged"] = {
-                key: round(table["slim+memory"][key] / table["merged"][key], 3) for key in table["merged"]
+    for precision in args.precision or manifest.graph.precisions:
+        races: dict[str, dict[str, Case]] = {}
+        for profile, table in manifest.graph.profiles.items():
+            slim, merged = run / "bundle" / table[precision], run / f"bundle-{name}" / table[precision]
+            races[profile] = {
+                "dense": (str(dense[profile][precision]), None),
+                "slim": (str(slim), None),
+                "slim+memory": (str(slim), adapter),
+                **({"merged": (str(merged), None)} if merged.exists() else {}),
             }
-        result["precision"][precision] = {"medians": table, "ratios": ratios}
+            result["footprint"][f"{precision} {profile}"] = {
+                case: {
+                    "file_mb": size_mb(Path(path)),
+                    **in_a_process("footprint", path, memory, args.threads),
+                }
+                for case, (path, memory) in races[profile].items()
+            }
+        if "fused" in races:
+            races["profiles"] = {profile: races[profile]["slim"] for profile in manifest.graph.profiles}
+            if genai and precision == "int4":
+                fused = {f"fused {case}": graph for case, graph in races["fused"].items()}
+                races["genai"] = {"genai dense": (str(genai), None), **fused}
+        for race_name, cases in races.items():
+            rounds = in_a_process("race", cases, args.tokens, args.rounds, args.threads)
+            found = result["races"][f"{precision} {race_name}"] = tell(rounds, args.tokens)
+            for pair, ratios in found["ratios"].items():
+                print(precision, race_name, pair, ratios, flush=True)
+        result["first_token_s"][precision] = first_token(run / "bundle", precision, args.rounds)
+        print(precision, "first token after", result["first_token_s"][precision], flush=True)
     return result
 
 
@@ -157,20 +331,20 @@ def main() -> None:
     )
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", action="append", help="only this one; repeatable")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; default: its own choice")
+    parser.add_argument("--genai", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        graph, adapter = args.measure
-        print(json.dumps(measure(graph, None if adapter == "none" else adapter, args.tokens)))
+    if args.child:
+        kind, *arguments = json.loads(args.child)
+        print(json.dumps({"race": race, "footprint": footprint}[kind](*arguments)))
         return
-    found = compare(args.run, args.tokens, args.repeat)
-    found["prompts"] = PROMPTS
+    found = compare(args.run, args)
+    found |= {"prompts": PROMPTS, "batches": BATCHES, "threads": args.threads}
     found["command"] = " ".join(["python benchmarks/bundle_speed.py", args.run.name, *sys.argv[2:]])
     (HERE / "bundle_speed.json").write_text(json.dumps(found, indent=1) + "\n")
-    for precision, part in found["precision"].items():
-        for pair, ratios in part["ratios"].items():
-            print(precision, pair, {k: v for k, v in ratios.items() if not k.startswith("open")})
 
 
 if __name__ == "__main__":

@@ -48,7 +48,12 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
     """
     recipe = run.recipe
     target = run.folder / ("bundle" if merge is None else f"bundle-{merge}")
-    stamp = {"export": recipe.export.model_dump(mode="json"), **({"merge": merge} if merge else {})}
+    stamp: dict[str, Any] = {
+        "export": recipe.export.model_dump(mode="json"),
+        **({"merge": merge} if merge else {}),
+    }
+    if recipe.export.onnx.profiles == ["portable"]:
+        del stamp["export"]["onnx"]["profiles"]  # bundles made before there was a choice do not name it
     if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get(
         "asked"
     ) == stamp:
@@ -104,6 +109,8 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
             measured = domains if merge is None else [merge]
             texts = {name: tokens(run.domains[name].heldout[0]).tolist() for name in measured}
             manifest["numerics"]["precision"] = accuracy(aside, texts)
+            if "fused" in manifest["graph"]:
+                manifest["numerics"]["fused"] = accuracy(aside, texts, "fused")
             write_manifest(aside, manifest)
     return target
 

@@ -53,10 +53,14 @@ def write_onnx(
         export: The recipe's section.
         merged: The domain whose LoRA the backbone already has and whose KV, if any, the graph is to hold.
     """
+    from koff_export.fused import check_fused, export_fused
     from koff_export.onnx import export_onnx, write_required
     from koff_export.quantize import quantize
 
     model = load_backbone(folder)
+    fused = "fused" in export.onnx.profiles
+    if fused:
+        check_fused(model.config)
     places = {name: folder / "memories" / name for name in domains}
     slots = [lora_slots(load_memory(place).get("lora", {})) for place in places.values()]
     modules = sorted({module for table in slots for module in table})
@@ -66,14 +70,19 @@ def write_onnx(
     info = export_onnx(model, folder, lora_modules=modules, baked=baked, progress=say)
     for name, place in places.items():
         write_onnx_memory(place, folder / "onnx" / "memories" / f"{name}.onnx_adapter", info.layers)
-    precisions = {"fp32": "onnx/model.onnx"}
-    for precision in export.onnx.precision:
-        if precision != "fp32":
-            path = f"onnx/model_{precision}.onnx"
-            say(f"quantising to {precision}")
-            quantize(folder / "onnx/model.onnx", folder / path, {"int8": 8, "int4": 4}[precision])
-            precisions[precision] = path
+    few = {str(name): {"int8": 8, "int4": 4}[name] for name in export.onnx.precision if name != "fp32"}
+    precisions = {"fp32": "onnx/model.onnx", **{name: f"onnx/model_{name}.onnx" for name in few}}
     told = {**vars(info), "precisions": precisions}
+    if fused:
+        say("writing the fused graph")
+        export_fused(model, folder / "onnx/fused.onnx", folder / "onnx/model.onnx", baked=baked)
+        told["fused"] = {"fp32": "onnx/fused.onnx", **{name: f"onnx/fused_{name}.onnx" for name in few}}
+    for name, bits in few.items():
+        say(f"quantising to {name}")
+        quantize(folder / precisions["fp32"], folder / precisions[name], bits)
+        if fused:
+            there = folder / told["fused"][name]
+            quantize(folder / told["fused"]["fp32"], there, bits, beside=folder / precisions[name])
     if export.onnx.javascript:
         told["javascript"] = {name: write_required(folder, path) for name, path in precisions.items()}
     return told

@@ -20,6 +20,8 @@ SHORT = 256  # tokens of a domain's text that precisions are measured on: its lo
 def numerics(folder: Path, tokens: int = 24, names: list[str] | None = None) -> dict[str, float]:
     """Largest logit difference between torch (float32) and ONNX Runtime, without and with every memory.
 
+    Every profile of the graph counts.
+
     Args:
         folder: The bundle.
         tokens: Of the random text.
@@ -28,8 +30,8 @@ def numerics(folder: Path, tokens: int = 24, names: list[str] | None = None) -> 
     from koff_export.runtime import Runtime
 
     manifest = open_manifest(folder)
-    runtime = Runtime.open(folder, verify=False)
     assert manifest.graph is not None
+    runtimes = [Runtime.open(folder, verify=False, profile=profile) for profile in manifest.graph.profiles]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, min(manifest.graph.vocab_size, 30_000), (1, tokens), generator=generator)
     result = {}
@@ -44,18 +46,22 @@ def numerics(folder: Path, tokens: int = 24, names: list[str] | None = None) -> 
             attached.activate(attached.domains[0])
         with torch.no_grad():
             expected = model(input_ids=ids, use_cache=False).logits[0].numpy()
-        result[name or "none"] = float(np.abs(runtime.logits(ids[0].tolist(), name) - expected).max())
+        found = [runtime.logits(ids[0].tolist(), name) for runtime in runtimes]
+        result[name or "none"] = float(np.abs(np.stack(found) - expected).max())
         if attached is not None:
             model, attached = attached.unwrap(), None
     return result
 
 
-def accuracy(folder: Path, texts: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
+def accuracy(
+    folder: Path, texts: Mapping[str, Sequence[int]], profile: str = "portable"
+) -> dict[str, dict[str, float]]:
     """What each precision of a bundle's graph loses, with every memory on its own domain's text.
 
     Args:
         folder: The bundle.
         texts: By domain, tokens of held-out text; the first `SHORT` of each are used.
+        profile: Whose graphs.
 
     Returns:
         By precision: `kl`, the mean KL divergence from float32 in nats per token (0 for fp32 itself), and
@@ -69,7 +75,7 @@ def accuracy(folder: Path, texts: Mapping[str, Sequence[int]]) -> dict[str, dict
     reference: dict[str, np.ndarray] = {}
     result: dict[str, dict[str, float]] = {}
     for precision in sorted(manifest.graph.precisions, key=lambda name: name != "fp32"):
-        runtime = Runtime.open(folder, precision, verify=False)
+        runtime = Runtime.open(folder, precision, verify=False, profile=profile)
         kl, nats = [], []
         for name, tokens in short.items():
             found = _log_softmax(runtime.logits(tokens, None if manifest.merged else name)[:-1])

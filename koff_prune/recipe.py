@@ -264,9 +264,21 @@ class OnnxExport(Section):
     """The ONNX graphs of a bundle."""
 
     precision: list[Literal["fp32", "int8", "int4"]] = Field(default=["fp32"], min_length=1)
+    profiles: list[Literal["portable", "fused"]] = Field(
+        default=["portable"],
+        min_length=1,
+        description="portable: ONNX's own operators. fused: ONNX Runtime's, faster, same weights.",
+    )
     javascript: Bool = Field(
         default=False, description="Also graphs whose slots are required inputs, as JavaScript needs them."
     )
+
+    @field_validator("profiles")
+    @classmethod
+    def _portable_always(cls, value: list[str]) -> list[str]:
+        if "portable" not in value:
+            raise ValueError("must hold portable: the fused graph reads its weights from that one's files")
+        return value
 
 
 class GgufExport(Section):

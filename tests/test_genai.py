@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +17,28 @@ from koff_export.runtime import Runtime
 EXAMPLE = Path(__file__).parents[1] / "examples" / "run_in_genai.py"
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["portable", "fused"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import koff_prune as package
 
     folder = tmp_path_factory.mktemp("place")
     recipe = recipe_of(
         folder,
-        tiny_config("qwen3", num_hidden_layers=2, intermediate_size=128),
+        tiny_config("qwen3", num_hidden_layers=2, intermediate_size=128, head_dim=16),
         learn={"rates": {"lora": 0.05, "kv": 0.2}},  # so that memories say something
-        export={"formats": ["safetensors", "onnx"]},
+        export={
+            "formats": ["safetensors", "onnx"],
+            "onnx": {"profiles": list(dict.fromkeys(["portable", request.param]))},
+        },
     )
     package.export(recipe, folder / "run")
     return folder
+
+
+def genai_graph(bundle: Path) -> str:
+    """The graph that genai opens."""
+    told: str = json.loads((bundle / "genai_config.json").read_text())["model"]["decoder"]["filename"]
+    return told
 
 
 @pytest.mark.parametrize("memory", ["none", "law", "code"])
@@ -42,6 +52,7 @@ def test_genai_answers_as_koff_run(place: Path, memory: str) -> None:
     answer = [int(token) for token in done.stdout.splitlines()[0].split()]
     runtime = Runtime.open(bundle)
     ids = runtime.encode("the court")
+    assert genai_graph(bundle) in runtime.manifest.graph.profiles[runtime.profile].values()  # type: ignore
     ours = list(runtime.generate_tokens(ids, None if memory == "none" else memory, 24))
     assert ours and answer[: len(ours)] == ours and len(answer) - len(ours) in (0, 1)  # genai keeps the eos
 

@@ -21,6 +21,8 @@ class _Rows:
 
     def __init__(self, runtime: Runtime, memory: str | None, prompts: Sequence[Sequence[int]]) -> None:
         self.runtime, self.options = runtime, runtime.run_options(memory)
+        # the fused graph takes many tokens behind a learned KV of one text only; a single token of many
+        self.one_by_one = runtime.profile == "fused" and runtime.kv_tokens(memory) > 0
         longest = max(map(len, prompts))
         # padding is token 0 at position 0, and the mask hides it from all that follows
         self.pending = np.array([[0] * (longest - len(p)) + list(p) for p in prompts], np.int64)
@@ -32,18 +34,32 @@ class _Rows:
 
     def read(self) -> np.ndarray:
         """Reads what is pending; the logits after its last token, float32 [rows, vocabulary]."""
-        count = self.pending.shape[1]
+        rows, count = self.pending.shape
         feeds = {
             "input_ids": self.pending,
             "attention_mask": self.mask,
             "position_ids": np.maximum(self.mask.cumsum(1) - 1, 0)[:, -count:],
         }
+        if count == 1 or not self.one_by_one:
+            logits, *present = self._run(feeds, self.past)
+            last = logits.numpy()[:, -1]
+        else:
+            each = [
+                self._run({name: a[i : i + 1] for name, a in feeds.items()}, self.runtime.empty_cache)
+                for i in range(rows)
+            ]
+            last = np.concatenate([logits.numpy()[:, -1] for logits, *_ in each])
+            columns = zip(*(present for _, *present in each), strict=True)
+            joined = (np.concatenate([value.numpy() for value in column]) for column in columns)
+            present = [ort.OrtValue.ortvalue_from_numpy(array) for array in joined]
+        self.past = dict(zip(self.past, present, strict=True))
+        return last.astype(np.float32, copy=False)
+
+    def _run(self, feeds: dict[str, np.ndarray], past: dict[str, ort.OrtValue]) -> list[ort.OrtValue]:
         values = {
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()
         }
-        logits, *present = self.runtime.run({**values, **self.past}, self.options)
-        self.past = dict(zip(self.past, present, strict=True))
-        return logits.numpy()[:, -1].astype(np.float32, copy=False)
+        return self.runtime.run({**values, **past}, self.options)
 
     def append(self, tokens: Sequence[int]) -> None:
         """The next token of every row."""

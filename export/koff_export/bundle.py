@@ -59,7 +59,11 @@ class Domain:
 
 @dataclass(frozen=True)
 class Graph:
-    """The ONNX graph, as `koff_export.onnx.GraphInfo`; `precisions` maps a name ("fp32") to a path."""
+    """The ONNX graph, as `koff_export.onnx.GraphInfo`.
+
+    `precisions` maps a name ("fp32") to the path of the portable graph; `fused` does so for the fused
+    profile, and is empty in a bundle without it.
+    """
 
     layers: int
     kv_heads: list[int]
@@ -68,6 +72,12 @@ class Graph:
     inputs: list[str]
     outputs: list[str]
     precisions: dict[str, str]
+    fused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def profiles(self) -> dict[str, dict[str, str]]:
+        """The profiles at hand, the portable one first: paths by precision."""
+        return {"portable": self.precisions, **({"fused": self.fused} if self.fused else {})}
 
 
 @dataclass(frozen=True)
@@ -203,11 +213,13 @@ def _graph(value: Any, where: str) -> Graph:
         inputs=r.items("inputs", str),
         outputs=r.items("outputs", str),
         precisions=r.mapping("precisions"),
+        fused=r.mapping("fused"),
     )
     if len(graph.kv_heads) != graph.layers or min(graph.kv_heads, default=0) < 1:
         raise r.fail("kv_heads", "one count of at least 1 per layer")
-    if not all(isinstance(path, str) for path in graph.precisions.values()):
-        raise r.fail("precisions", "a map of names to paths")
+    for key, paths in (("precisions", graph.precisions), ("fused", graph.fused)):
+        if not all(isinstance(path, str) for path in paths.values()):
+            raise r.fail(key, "a map of names to paths")
     return graph
 
 

@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="with --score: print one JSON object")
     parser.add_argument("--precision", default="fp32", help="fp32 (default), int8, int4: what the bundle has")
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="which graph to run: portable or fused (default: fused, the faster one, where there is one)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: all cores)")
     parser.add_argument("--no-verify", action="store_true", help="skip the sha256 checks")
     parser.add_argument("--version", action="version", version=f"koff-run {__version__}")
@@ -239,7 +244,13 @@ def _run(args: argparse.Namespace) -> None:
         raise KoffError(f"--threads {args.threads} is not possible: give 1 or more")
     from koff_export.runtime import Runtime
 
-    runtime = Runtime.open(args.bundle, args.precision, verify=not args.no_verify, threads=args.threads)
+    runtime = Runtime.open(
+        args.bundle,
+        args.precision,
+        verify=not args.no_verify,
+        threads=args.threads,
+        profile=args.profile,
+    )
     args.memory = None if args.memory == BARE else args.memory
     if (args.score or args.batch) and args.memory == AUTO:
         raise KoffError("--memory auto picks by one prompt: name a memory")

@@ -26,7 +26,8 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
     if len(set(graph["kv_heads"])) > 1:
         return False
     config = read_json(folder / "config.json")
-    precision = next(name for name in _PREFERRED if name in graph["precisions"])
+    paths = graph.get("fused") or graph["precisions"]
+    precision = next(name for name in _PREFERRED if name in paths)
     eos = manifest["eos"] or [0]
     pad = config.get("pad_token_id")
     told = {
@@ -39,7 +40,7 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
             "context_length": manifest["context"],
             "decoder": {
                 "session_options": {"log_severity_level": 4, "provider_options": []},
-                "filename": graph["precisions"][precision],
+                "filename": paths[precision],
                 "head_size": graph["head_dim"],
                 "hidden_size": config["hidden_size"],
                 "num_attention_heads": config["num_attention_heads"],

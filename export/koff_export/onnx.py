@@ -185,7 +185,7 @@ def add_defaults(model: onnx.ModelProto) -> None:
             model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, dtype), value.name))
 
 
-def _bake(model: onnx.ModelProto, kv: Sequence[Pair]) -> None:
+def bake(model: onnx.ModelProto, kv: Sequence[Pair]) -> None:
     """Replaces the memory's slots by constants: the graph then knows this one learned KV and no other."""
     constants = {f"memory.{i}.{kind}": pair[n] for i, pair in enumerate(kv)
                  for n, kind in enumerate(("key", "value"))}  # fmt: skip
@@ -291,7 +291,7 @@ def export_onnx(
     graph = onnx.load(target, load_external_data=False)
     del graph.graph.value_info[:]  # only a hint to readers, as large as the graph itself
     if baked is not None:
-        _bake(graph, baked)
+        bake(graph, baked)
         inputs = [name for name in inputs if not is_slot(name)]
     add_defaults(graph)
     with disk_errors(target):

@@ -19,11 +19,15 @@ from koff_export.errors import KoffError
 from koff_export.files import disk_errors
 from koff_export.graph import is_slot
 from koff_export.onnx import add_defaults
+from koff_export.tensors import TensorFile
 
 # It tells every node of the graph, thousands of lines.
 logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
 
 _BLOCK = 32  # weights that share a scale
+# How a product is computed, by bits. 4 rounds its input to int8 by block too, as onnxruntime-genai does: about
+# 1.4 times as fast, and next to nothing beside what 4 bits lose. With 8 bits it would triple the KL.
+_ACCURACY = {4: 4, 8: 0}
 
 
 def _fold_transposes(graph: onnx.GraphProto) -> None:
@@ -36,13 +40,19 @@ def _fold_transposes(graph: onnx.GraphProto) -> None:
         graph.node.remove(node)
 
 
-def quantize(model_path: str | os.PathLike[str], out_path: str | os.PathLike[str], bits: int) -> None:
+def quantize(
+    model_path: str | os.PathLike[str],
+    out_path: str | os.PathLike[str],
+    bits: int,
+    beside: str | os.PathLike[str] | None = None,
+) -> None:
     """Writes a quantised copy of an exported float32 graph, with its `.data` file beside it.
 
     Args:
-        model_path: A graph written by `export_onnx`.
+        model_path: A graph written by `export_onnx` or `export_fused`.
         out_path: Where to write, e.g. `onnx/model_int8.onnx`.
         bits: 8 or 4.
+        beside: A graph of the same bits in the same folder; weights in its data file are read from there.
 
     Raises:
         KoffError: another number of bits, or the disk refuses.
@@ -55,13 +65,16 @@ def quantize(model_path: str | os.PathLike[str], out_path: str | os.PathLike[str
     del model.graph.initializer[:]
     model.graph.initializer.extend(constants)
     _fold_transposes(model.graph)
-    quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=_BLOCK, is_symmetric=True)
+    quantizer = MatMulNBitsQuantizer(
+        model, bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ACCURACY[bits]
+    )
     quantizer.process()
     result = quantizer.model.model
-    add_defaults(result)
     target = Path(out_path)
-    data = target.with_name(target.name + ".data")
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        data.unlink(missing_ok=True)  # onnx appends to what is there
-        onnx.save(result, target, save_as_external_data=True, location=data.name, size_threshold=1024)
+        with TensorFile(target, None if beside is None else Path(beside)) as data:
+            for tensor in result.graph.initializer:
+                tensor.CopyFrom(data.put(tensor.name, onnx.numpy_helper.to_array(tensor)))
+        add_defaults(result)
+        onnx.save(result, target)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from koff_export.adapter import first_line, open_adapter
+from koff_export.adapter import Options, first_line, open_adapter
 from koff_export.bundle import Manifest, check_file, open_manifest
 from koff_export.cached import CachedText
 from koff_export.errors import KoffError
@@ -31,9 +31,12 @@ _ADAPTERS = "onnx/memories"
 class Runtime:
     """A bundle opened for use. Make one with `Runtime.open`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, session: ort.InferenceSession, verify: bool) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, session: ort.InferenceSession, verify: bool, profile: str
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.profile = profile
         self._session = session
         self._verify = verify
         self._adapters: dict[str, ort.LoraAdapter] = {}
@@ -52,6 +55,7 @@ class Runtime:
         precision: str = "fp32",
         verify: bool = True,
         threads: int | None = None,
+        profile: str | None = None,
     ) -> Runtime:
         """Opens a bundle's graph once; memories and tokenizer follow on first use.
 
@@ -60,18 +64,23 @@ class Runtime:
             precision: One of the manifest's precisions, e.g. "fp32", "int8".
             verify: Compare the sha256 of every file before it is used.
             threads: Threads of ONNX Runtime; None leaves the choice to it.
+            profile: "portable" or "fused"; None takes the fused one, the faster, where there is one.
 
         Raises:
-            KoffError: no bundle, an unknown precision, or a file that is missing, changed or hostile.
+            KoffError: no bundle, no such precision or profile, or a file missing, changed or hostile.
         """
         folder = Path(bundle)
         manifest = open_manifest(folder)
         if manifest.graph is None:
             raise KoffError(f"{folder} holds no ONNX graph: export it with the format onnx")
-        if precision not in manifest.graph.precisions:
-            known = ", ".join(manifest.graph.precisions) or "none"
-            raise KoffError(f"the bundle has no precision {precision!r}; it has: {known}")
-        path = check_file(folder, manifest, manifest.graph.precisions[precision], hashes=verify)
+        profiles = manifest.graph.profiles
+        profile = profile or [*profiles][-1]
+        if profile not in profiles:
+            raise KoffError(f"the bundle has no profile {profile!r}; it has: {', '.join(profiles)}")
+        paths = profiles[profile]
+        if precision not in paths:
+            raise KoffError(f"the bundle has no precision {precision!r}; it has: {', '.join(paths)}")
+        path = check_file(folder, manifest, paths[precision], hashes=verify)
         for data in check_onnx(path, folder):
             check_file(folder, manifest, data.relative_to(folder).as_posix(), hashes=verify)
         options = ort.SessionOptions()
@@ -85,7 +94,7 @@ class Runtime:
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise KoffError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
         try:
-            return cls(folder, manifest, session, verify)
+            return cls(folder, manifest, session, verify, profile)
         except UnicodeDecodeError as error:
             raise KoffError(f"{path} has names that are no text: fetch the bundle again") from error
 
@@ -177,10 +186,11 @@ class Runtime:
 
     def run_options(self, memory: str | None) -> ort.RunOptions:
         """Options for calls with `memory` attached, or for the bare backbone."""
-        options = ort.RunOptions()
+        options = Options()
         if memory is not None:
             self.memory(memory)
-            options.add_active_adapter(self._adapters[memory])
+            options.adapter = self._adapters[memory]
+            options.add_active_adapter(options.adapter)
         return options
 
     def run(self, feeds: dict[str, ort.OrtValue], options: ort.RunOptions) -> list[ort.OrtValue]:
@@ -239,7 +249,7 @@ class Runtime:
             )
         if memory is not None:
             self.memory(memory)
-        kv = self._kv_tokens.get(memory or "", 0)
+        kv = self.kv_tokens(memory)
         context = self.manifest.context
         if context is not None and len(tokens) + extra + kv > context:
             wanted = f"{len(tokens)} tokens of text" + (f" and a memory of {kv}" if kv else "")
@@ -299,11 +309,15 @@ class Runtime:
             yield token
             pending = [token]
 
+    def kv_tokens(self, memory: str | None) -> int:
+        """Length of the learned KV of a loaded `memory`, or of the bare graph."""
+        return self._kv_tokens.get(memory or "", 0)
+
     def room(self, ids: Sequence[int], memory: str | None, wanted: int) -> int:
         """How many of the `wanted` tokens fit behind `ids`."""
         if self.manifest.context is None:
             return wanted
-        return min(wanted, self.manifest.context - self._kv_tokens.get(memory or "", 0) - len(ids))
+        return min(wanted, self.manifest.context - self.kv_tokens(memory) - len(ids))
 
     def generate_batch(
         self,

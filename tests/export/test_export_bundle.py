@@ -103,7 +103,7 @@ def test_files_that_could_run_code_are_refused_anywhere(copy: Path) -> None:
 
 
 def test_shapes_that_lie_are_refused(copy: Path) -> None:
-    edit(copy, graph__head_dim=16)
+    edit(copy, graph__head_dim=8)
     with pytest.raises(KoffError, match="not as koff"):
         Runtime.open(copy)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -89,6 +90,11 @@ def test_swapping_keeps_the_session_and_eviction_is_harmless(runtime: Runtime) -
     runtime.evict("law")
     assert list(runtime.generate_tokens([BOS, 5], "law", 4)) == before
     assert runtime._session is session
+    running = runtime.generate_tokens([BOS, 5], "law", 4)
+    first = next(running)
+    runtime.evict("law")
+    gc.collect()
+    assert [first, *running] == before, "an answer keeps the memory that it began with"
 
 
 def test_score_equals_torch(runtime: Runtime, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

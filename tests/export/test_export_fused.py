@@ -1,0 +1,204 @@
+"""The fused profile beside the portable one and torch: every family, every memory, every precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import write_tokenizer
+from export_helpers import (
+    BOS,
+    WINDOW,
+    Kv,
+    Lora,
+    lora_modules,
+    random_kv,
+    random_lora,
+    tiny_model,
+    torch_logits,
+)
+from transformers import PreTrainedModel
+
+from koff_export.bundle import write_manifest
+from koff_export.cli import main
+from koff_export.errors import KoffError
+from koff_export.fused import check_fused, export_fused
+from koff_export.onnx import export_onnx, write_adapter
+from koff_export.quantize import quantize
+from koff_export.runtime import Runtime
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+CASES: dict[str, dict[str, object]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "qwen2": {"hidden_size": 64},  # its heads are hidden_size / heads
+    "qwen3": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "per_layer": False, "num_key_value_heads": 4},
+}
+
+
+@dataclass
+class Bundle:
+    folder: Path
+    model: PreTrainedModel
+    memories: dict[str | None, tuple[Lora, Kv | None]]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of both profiles in three precisions; its memories are LoRA and KV, LoRA alone, KV alone."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny_model(request.param, **CASES[request.param])  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    info = export_onnx(model, folder, lora_modules=lora_modules(model))
+    export_fused(model, folder / "onnx/fused.onnx", folder / "onnx/model.onnx")
+    graph = {**vars(info), "precisions": {"fp32": "onnx/model.onnx"}, "fused": {"fp32": "onnx/fused.onnx"}}
+    for name, bits in (("int8", 8), ("int4", 4)):
+        for key, stem in (("precisions", "model"), ("fused", "fused")):
+            graph[key][name] = f"onnx/{stem}_{name}.onnx"  # type: ignore[index]
+            beside = folder / f"onnx/model_{name}.onnx" if key == "fused" else None
+            quantize(folder / f"onnx/{stem}.onnx", folder / f"onnx/{stem}_{name}.onnx", bits, beside)
+    memories: dict[str | None, tuple[Lora, Kv | None]] = {
+        None: ({}, None),
+        "both": (random_lora(model, 3, 1), random_kv(model, 7, 2)),
+        "lora": (random_lora(model, 5, 3, skip="k_proj"), None),
+        "kv": ({}, random_kv(model, 4, 4)),
+    }
+    domains = {}
+    for memory, (lora, kv) in memories.items():
+        if memory:
+            path = f"onnx/memories/{memory}.onnx_adapter"
+            write_adapter(folder / path, lora, kv)
+            domains[memory] = {"kv_tokens": kv[0][0].shape[1] if kv else 0, "adapter": path}
+    write_tokenizer(folder)
+    manifest = {"window": WINDOW, "bos": BOS, "eos": [], "context": 128, "domains": domains, "graph": graph}
+    write_manifest(folder, manifest)
+    return Bundle(folder, model, memories)
+
+
+def test_greedy_tokens_and_logits_equal_torch_and_the_portable_graph(bundle: Bundle) -> None:
+    portable = Runtime.open(bundle.folder, threads=1, profile="portable")
+    fused = Runtime.open(bundle.folder, threads=1, profile="fused")
+    prompt = [BOS, *torch.randint(3, 250, (19,), generator=torch.Generator().manual_seed(1)).tolist()]
+    answers = set()
+    for memory, (lora, kv) in bundle.memories.items():
+        want = list(prompt)
+        for _ in range(18):
+            want.append(int(torch_logits(bundle.model, torch.tensor([want]), lora, kv)[0, -1].argmax()))
+        answers.add(tuple(want))
+        assert list(fused.generate_tokens(prompt, memory, 18)) == want[20:], memory
+        assert list(portable.generate_tokens(prompt, memory, 18)) == want[20:], memory
+        exact = torch_logits(bundle.model, torch.tensor([want]), lora, kv)[0].numpy()
+        assert np.abs(fused.logits(want, memory) - exact).max() < 1e-3
+        assert fused.score([want], memory)[0] == pytest.approx(portable.score([want], memory)[0], rel=1e-5)
+    assert len(answers) == len(bundle.memories)
+
+
+def test_a_prompt_may_be_read_in_pieces(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = Runtime.open(bundle.folder, threads=1, profile="fused")
+    prompt = [BOS, *range(30, 50)]
+    whole = list(fused.generate_tokens(prompt, "both", 6))
+    monkeypatch.setattr("koff_export.runtime._CHUNK", 4)
+    assert list(fused.generate_tokens(prompt, "both", 6)) == whole
+
+
+def test_a_padded_batch_answers_as_one_by_one(bundle: Bundle) -> None:
+    fused = Runtime.open(bundle.folder, threads=1, profile="fused")
+    prompts = ["ab", "the law of the land", "c", "music", "mathematics", "a"]
+    memories = ["both", None, "both", "both", None, "lora"]
+    alone = ["".join(fused.generate(p, m, 9)) for p, m in zip(prompts, memories, strict=True)]
+    assert len(set(alone)) > 3
+    assert fused.generate_batch(prompts, memories, 9) == alone
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.02), ("int4", 1.5)])
+def test_few_bits_keep_the_memories(bundle: Bundle, precision: str, limit: float) -> None:
+    full = Runtime.open(bundle.folder, threads=1, profile="fused")
+    low = Runtime.open(bundle.folder, precision, threads=1, profile="fused")
+    ids = [BOS, *range(40, 60)]
+    for memory in bundle.memories:
+        a = torch.tensor(full.logits(ids, memory)).log_softmax(-1)
+        b = torch.tensor(low.logits(ids, memory)).log_softmax(-1)
+        kl = float((a.exp() * (a - b)).sum(-1).mean())
+        assert 0 < kl < limit, (memory, kl)
+        if memory:
+            assert np.abs(low.logits(ids, memory) - low.logits(ids)).max() > 0.5
+
+
+def test_profiles_share_their_weights(bundle: Bundle) -> None:
+    for name in ("", "_int8", "_int4"):
+        size = {stem: (bundle.folder / f"onnx/{stem}{name}.onnx.data").stat().st_size
+                for stem in ("model", "fused")}  # fmt: skip
+        assert size["fused"] < size["model"] / 4, size  # the rotation of 128 positions, in pages
+
+
+def test_the_graph_is_made_of_fused_operators(bundle: Bundle) -> None:
+    graph = onnx.load(bundle.folder / "onnx/fused.onnx", load_external_data=False).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("GroupQueryAttention") == 2 and kinds.count("SkipSimplifiedLayerNormalization") == 4
+    assert "Softmax" not in kinds
+
+
+def test_the_profile_is_chosen(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(folder: Path, *options: str) -> tuple[int, str, str]:
+        code = main([str(folder), "--prompt", "the law", "--max-new-tokens", "5", "--threads", "1", *options])
+        return code, *capsys.readouterr()
+
+    default = answer(bundle.folder)
+    assert default[0] == 0
+    assert answer(bundle.folder, "--profile", "fused") == answer(bundle.folder, "--profile", "portable")
+    copy = Path(shutil.copytree(bundle.folder, tmp_path / "copy"))
+    manifest = json.loads((copy / "koff.json").read_text())
+    (copy / "onnx/fused.onnx").unlink()
+    code, _, error = answer(copy)
+    assert code == 2 and "fused.onnx" in error, "the fused graph is what runs by default"
+    assert answer(copy, "--profile", "portable") == default
+    del manifest["graph"]["fused"], manifest["format"], manifest["files"]
+    write_manifest(copy, manifest)
+    assert answer(copy) == default
+    code, _, error = answer(copy, "--profile", "fused")
+    assert code == 2 and "no profile 'fused'; it has: portable" in error
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_a_baked_memory_needs_no_slots(length: int, tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    kv = random_kv(model, length, 3)
+    info = export_onnx(model, tmp_path, lora_modules=[], baked=kv)
+    export_fused(model, tmp_path / "onnx/fused.onnx", tmp_path / "onnx/model.onnx", baked=kv)
+    graph = {**vars(info), "precisions": {"fp32": "onnx/model.onnx"}, "fused": {"fp32": "onnx/fused.onnx"}}
+    told = {"law": {"kv_tokens": length}}
+    manifest = {"window": WINDOW, "bos": BOS, "eos": [], "domains": told, "graph": graph, "merged": "law"}
+    write_manifest(tmp_path, manifest)
+    ids = [BOS, *range(40, 60)]
+    want = torch_logits(model, torch.tensor([ids]), kv=kv if length else None)[0].numpy()
+    fused = Runtime.open(tmp_path, threads=1, profile="fused")
+    assert np.abs(fused.logits(ids) - want).max() < 1e-3
+    tokens = list(fused.generate_tokens(ids, None, 6))
+    portable = Runtime.open(tmp_path, threads=1, profile="portable")
+    assert tokens == list(portable.generate_tokens(ids, None, 6))
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("gemma3", {}, "not gemma3_text"),
+        ("llama", {"hidden_act": "gelu"}, "silu, not gelu"),
+        ("llama", {"head_dim": 8}, "multiple of 16, not of 8"),
+        ("llama", {"rope_parameters": {**LLAMA3, "rope_type": "dynamic"}}, "not dynamic"),
+        ("mistral", {"sliding_window": 4}, "no sliding windows"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "no sliding"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(family: str, change: dict[str, object], message: str) -> None:
+    model = tiny_model(family, per_layer=False, **change)
+    with pytest.raises(KoffError, match=f"export.onnx.profiles: fused .*{message}.*leave fused out"):
+        check_fused(model.config)
