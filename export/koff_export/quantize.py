@@ -25,8 +25,8 @@ from koff_export.tensors import TensorFile
 logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
 
 _BLOCK = 32  # weights that share a scale
-# How a product is computed, by bits. 4 rounds its input to int8 by block too, as onnxruntime-genai does: about
-# 1.4 times as fast, and next to nothing beside what 4 bits lose. With 8 bits it would triple the KL.
+# How a product is computed, by bits. 4 rounds its input to int8 by block too, as onnxruntime-genai does:
+# about 1.4 times as fast, and next to nothing beside what 4 bits lose. With 8 bits it would triple the KL.
 _ACCURACY = {4: 4, 8: 0}
 
 
