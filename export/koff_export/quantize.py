@@ -26,7 +26,7 @@ logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(lo
 
 _BLOCK = 32  # weights that share a scale
 # How a product is computed, by bits. 4 rounds its input to int8 by block too, as onnxruntime-genai does:
-# about 1.4 times as fast, and next to nothing beside what 4 bits lose. With 8 bits it would triple the KL.
+# faster, and next to nothing beside what 4 bits lose. With 8 bits the KL would be several times itself.
 _ACCURACY = {4: 4, 8: 0}
 
 
