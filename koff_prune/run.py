@@ -226,7 +226,7 @@ class Run:
                     kinds, seed = self.recipe.structure.units, self.recipe.seed
                     found = collect(self.dense.model, self.units, kinds, windows, progress, seed)
                 save_tensors(found.tensors(), path)
-            return Statistics.from_tensors(load_tensors(path))
+            return Statistics.open(path)
 
     @contextmanager
     def timed(self, stage: str, folder: Path | None = None) -> Iterator[None]:

@@ -20,16 +20,19 @@ Higher means keep. Where kinds of units mix, scores are divided by the unit's co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch_pruning as tp
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from koff_export.files import check_safetensors
 from koff_prune.chat import IGNORED, tokens_and_labels
 from koff_prune.plan import Scores
 from koff_prune.recipe import Structure
@@ -38,6 +41,32 @@ from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, ffn_group
 
 Place = tuple[int, UnitKind]
 DRAWS = 2  # label sequences that the model draws for every scoring window
+
+
+class SecondMoments(Mapping[Place, torch.Tensor]):
+    """Those of a statistics file, read one by one when asked for: together they outweigh a small model."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith("second.")]  # noqa: SIM118
+        self._names = {_place(name): name for name in names}
+
+    def __getitem__(self, place: Place) -> torch.Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(self._names[place])
+        return found
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _place(name: str) -> Place:
+    _, i, kind = name.split(".")
+    return int(i), kind  # type: ignore[return-value]
 
 
 @dataclass
@@ -55,7 +84,7 @@ class Statistics:
         tokens: Scoring tokens seen.
     """
 
-    second: dict[Place, torch.Tensor] = field(default_factory=dict)
+    second: Mapping[Place, torch.Tensor] = field(default_factory=dict)
     taylor: dict[Place, torch.Tensor] = field(default_factory=dict)
     fisher: dict[Place, torch.Tensor] = field(default_factory=dict)
     fisher_tokens: dict[Place, torch.Tensor] = field(default_factory=dict)
@@ -72,13 +101,19 @@ class Statistics:
         return {**flat, "tokens": torch.tensor(self.tokens)}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Statistics:
-        """The reverse of `tensors`."""
-        result = cls(tokens=int(tensors["tokens"]))
-        for name, tensor in tensors.items():
-            if name != "tokens":
-                table, i, kind = name.split(".")
-                getattr(result, table)[(int(i), kind)] = tensor
+    def open(cls, path: Path) -> Statistics:
+        """Reads a file of `tensors`; the second moments stay on the disk until they are asked for.
+
+        Raises:
+            KoffError: The file is missing or damaged.
+        """
+        check_safetensors(path)
+        with safe_open(path, framework="pt") as file:
+            result = cls(second=SecondMoments(path), tokens=int(file.get_tensor("tokens")))
+            for name in file.keys():  # noqa: SIM118
+                if name != "tokens" and not name.startswith("second."):
+                    # a copy, or the whole file stays mapped
+                    getattr(result, name.split(".")[0])[_place(name)] = file.get_tensor(name).clone()
         return result
 
 
@@ -199,6 +234,7 @@ def _accumulate(result: Statistics, place: Place, x: torch.Tensor, g: torch.Tens
     _add(result.taylor, place, window)
     _add(result.fisher, place, window.square())
     _add(result.fisher_tokens, place, per_token.square().sum(0))
+    assert isinstance(result.second, dict)  # these are being collected, not read
     if place in result.second:
         result.second[place].addmm_(x.T, x)
     else:
