@@ -121,7 +121,6 @@ def train_ours(
     from koff_prune.memory import Memories
     from koff_prune.recipe import Learn, Memory, Structure
     from koff_prune.recipe_learn import Loss
-    from koff_prune.run import load_tensors
     from koff_prune.scores import Statistics, removal_costs
     from koff_prune.units import read_units
 
@@ -131,7 +130,7 @@ def train_ours(
     learn = Learn(tokens=tokens, window=window, loss=Loss(kl=point["kl"]), checkpoint_steps=10**6)
     options: dict[str, Any] = {}
     if point["gates"]:
-        units, found = read_units(model), Statistics.from_tensors(load_tensors(scored))
+        units, found = read_units(model), Statistics.open(scored)
         start = removal_costs("curvature", model, units, structure, found)
         prior = learn.gates.prior_tokens
         options = {

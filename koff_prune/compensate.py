@@ -115,7 +115,7 @@ class PredictionHooks:
         """Solves for the units that `kept` leaves out. B is spread over all channels, zero at closed ones."""
         self._tables = {}
         for place, (keep, drop, b) in self.compensation.solve(kept).items():
-            wide = b.new_zeros(len(drop), self.compensation.second[place].shape[0])
+            wide = b.new_zeros(len(drop), len(keep) + len(drop))
             wide[:, keep] = b
             self._tables[place] = (wide.to(dtype), drop)
 

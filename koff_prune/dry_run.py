@@ -68,8 +68,7 @@ def _on_devices(recipe: Recipe, need: Needs, devices: int, tflops: float) -> lis
         f"{need.device / GIB:8.2f} GiB on each of {devices}, data parallel: the whole dense model is on each"
         " (sharding it is",
         f"{'':13}not built), and each learns from {need.windows} of {learn.batch} windows (learn.batch)",
-        f"{need.second_moments / GIB:8.2f} GiB on the host: compensation's second moments, one file mapped by"
-        " every process",
+        f"{need.second_moments / GIB:8.2f} GiB on the host's disk: second moments, read layer by layer",
         "",
         f"{need.flops / 1e9:.1f} GFLOP a token = {need.work}",
         f"{devices} x {tflops:g} TFLOP/s / that = {rate:,.0f} tokens/s;"

@@ -29,7 +29,8 @@ class Needs:
         parts: Name, arithmetic in words, and bytes. The dense model is whole on every device: sharding it is
             not built.
         windows: That a device learns from at a time.
-        second_moments: Bytes of compensation's statistics, on the host, float32.
+        second_moments: Bytes of compensation's statistics, float32: in memory while they are collected, then
+            in a file.
         flops: Per token: forward, and back through weights that get no gradient of their own.
         work: The arithmetic of `flops` in words.
     """
@@ -47,8 +48,9 @@ class Needs:
 
     @property
     def host(self) -> int:
-        """Bytes on a machine that learns on its processor."""
-        return self.device + 2 * self.second_moments
+        """Bytes on a machine that scores, then learns, on its processor."""
+        model = self.parts[0][2]
+        return max(self.device, model + self.second_moments)
 
 
 def needs(recipe: Recipe, config: dict[str, Any], units: Units, plan: Plan, devices: int = 1) -> Needs:

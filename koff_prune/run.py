@@ -40,8 +40,6 @@ PACKAGES = ("koff-prune", "torch", "transformers", "peft", "torch-pruning", "opt
             "datasets",
             "onnx", "onnxruntime", "safetensors", "numpy")  # fmt: skip
 
-STATISTICS = "statistics.safetensors"
-
 
 def versions() -> dict[str, str]:
     """Of everything that a result may depend on."""
@@ -221,14 +219,14 @@ class Run:
         from koff_prune.scores import Statistics, collect
 
         with ranks.turn():
-            path = self.folder / STATISTICS
+            path = self.folder / "statistics.safetensors"
             if not path.exists():
                 windows = [w for blocks in self.domains.values() for w in blocks.scoring]
                 with bar("scoring units", sum(len(w) for w in windows)) as progress, self.timed("score"):
                     kinds, seed = self.recipe.structure.units, self.recipe.seed
                     found = collect(self.dense.model, self.units, kinds, windows, progress, seed)
                 save_tensors(found.tensors(), path)
-            return Statistics.from_tensors(load_tensors(path))
+            return Statistics.open(path)
 
     @contextmanager
     def timed(self, stage: str, folder: Path | None = None) -> Iterator[None]:

@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from koff_export.files import check_safetensors
 from koff_prune.chat import IGNORED, tokens_and_labels
 from koff_prune.plan import Scores
 from koff_prune.recipe import Structure
@@ -42,6 +43,32 @@ from koff_prune.weights import Weights
 
 Place = tuple[int, UnitKind]
 DRAWS = 2  # label sequences that the model draws for every scoring window
+
+
+class SecondMoments(Mapping[Place, torch.Tensor]):
+    """Those of a statistics file, read one by one when asked for: together they outweigh the model."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith("second.")]  # noqa: SIM118
+        self._names = {_place(name): name for name in names}
+
+    def __getitem__(self, place: Place) -> torch.Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(self._names[place])
+        return found
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _place(name: str) -> Place:
+    _, i, kind = name.split(".")
+    return int(i), kind  # type: ignore[return-value]
 
 
 @dataclass
@@ -59,7 +86,7 @@ class Statistics:
         tokens: Scoring tokens seen.
     """
 
-    second: dict[Place, torch.Tensor] = field(default_factory=dict)
+    second: Mapping[Place, torch.Tensor] = field(default_factory=dict)
     taylor: dict[Place, torch.Tensor] = field(default_factory=dict)
     fisher: dict[Place, torch.Tensor] = field(default_factory=dict)
     fisher_tokens: dict[Place, torch.Tensor] = field(default_factory=dict)
@@ -76,38 +103,20 @@ class Statistics:
         return {**flat, "tokens": torch.tensor(self.tokens)}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Statistics:
-        """The reverse of `tensors`."""
-        result = cls(tokens=int(tensors["tokens"]))
-        for name, tensor in tensors.items():
-            if name != "tokens":
-                table, i, kind = name.split(".")
-                getattr(result, table)[(int(i), kind)] = tensor
-        return result
+    def open(cls, path: Path) -> Statistics:
+        """Reads a file of `tensors`; the second moments stay on the disk until they are asked for.
 
-
-class StoredMoments(Mapping[Place, torch.Tensor]):
-    """`Statistics.second` in the file that a run keeps: each is read when it is asked for, and none is held.
-
-    Of a large model they are more than its weights.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+        Raises:
+            KoffError: The file is missing or damaged.
+        """
+        check_safetensors(path)
         with safe_open(path, framework="pt") as file:
-            parts = [name.split(".") for name in file.keys()]  # noqa: SIM118
-        self.names: dict[Place, str] = {(int(p[1]), p[2]): ".".join(p) for p in parts if p[0] == "second"}
-
-    def __getitem__(self, place: Place) -> torch.Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.names[place])
-        return tensor
-
-    def __iter__(self) -> Iterator[Place]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+            result = cls(second=SecondMoments(path), tokens=int(file.get_tensor("tokens")))
+            for name in file.keys():  # noqa: SIM118
+                if name != "tokens" and not name.startswith("second."):
+                    # a copy, or the whole file stays mapped
+                    getattr(result, name.split(".")[0])[_place(name)] = file.get_tensor(name).clone()
+        return result
 
 
 def consumer(layer: Any, kind: UnitKind) -> nn.Linear:
@@ -227,6 +236,7 @@ def _accumulate(result: Statistics, place: Place, x: torch.Tensor, g: torch.Tens
     _add(result.taylor, place, window)
     _add(result.fisher, place, window.square())
     _add(result.fisher_tokens, place, per_token.square().sum(0))
+    assert isinstance(result.second, dict)  # these are being collected, not read
     if place in result.second:
         result.second[place].addmm_(x.T, x)
     else:

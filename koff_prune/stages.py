@@ -27,8 +27,8 @@ from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
 from koff_prune.recipe import COSTS, CompareRow, Learn, Memory, MemoryKind, Recipe
 from koff_prune.recipe import Gates as GatesSection
-from koff_prune.run import STATISTICS, load_tensors, save_tensors
-from koff_prune.scores import StoredMoments, removal_costs, score_units
+from koff_prune.run import load_tensors, save_tensors
+from koff_prune.scores import removal_costs, score_units
 
 if TYPE_CHECKING:
     from koff_prune.run import Run
@@ -119,8 +119,7 @@ def compensation(run: Run, arm: Arm) -> Compensation | None:
     """The closed-form solve of an arm, or None."""
     if arm.compensate == "none":
         return None
-    _ = run.statistics  # made where they are missing
-    return Compensation(StoredMoments(run.folder / STATISTICS), run.recipe.cut.ridge, run.units)
+    return Compensation(run.statistics.second, run.recipe.cut.ridge, run.units)
 
 
 def baseline_scores(run: Run, method: str) -> Scores:

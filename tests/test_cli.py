@@ -331,11 +331,11 @@ def test_dry_run_tells_what_devices_hold(recipe: Path, capsys: pytest.CaptureFix
     for devices in (1, 4, 8):
         answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", devices, "--tflops", 50)
         assert answer.code == 0, answer.err
-        sizes = {name: float(size) for size, name in re.findall(r"([\d.]+) GiB ([a-z ]+):", answer.out)}
+        sizes = {name: float(size) for size, name in re.findall(r"([\d.]+) GiB ([a-z' ]+):", answer.out)}
         whole = re.search(rf"([\d.]+) GiB on each of {devices}", answer.out)
         rate = re.search(rf"{devices} x 50 TFLOP/s / that = ([\d,]+) tokens/s", answer.out)
         assert whole and rate
-        host = sizes.pop("on the host")
+        host = sizes.pop("on the host's disk")
         assert sum(sizes.values()) == pytest.approx(float(whole[1]), abs=0.05) and host > 0
         assert "sharding it" in answer.out and "unproven" in answer.out and "do not divide" not in answer.out
         found[devices] = (sizes, int(rate[1].replace(",", "")))

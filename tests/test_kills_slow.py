@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -44,6 +45,15 @@ def koff_apply(recipe: str, out: str, log: str) -> None:
     main()
 
 
+def worked(pid: int | None) -> float:
+    """Seconds of the processor that a process has had, all threads: a busy machine does not move them."""
+    total = 0.0
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            total += int(path.read_text().split()[0]) / 1e9
+    return total
+
+
 class Trial:
     """One run directory, its processes and what they have finished."""
 
@@ -64,22 +74,24 @@ class Trial:
         return next((s for s in STAGES if not (self.out / LANDMARKS[s]).exists()), "done")
 
     def end(self) -> dict[str, float]:
-        """Lets it end by itself; seconds that each stage took."""
-        process, times, before = self.begin(), {}, time.monotonic()
+        """Lets it end by itself; seconds of the processor that each stage took."""
+        process, times, before, now = self.begin(), {}, 0.0, 0.0
         while process.is_alive():
-            done = [s for s in STAGES if s not in times and (self.out / LANDMARKS[s]).exists()]
-            for name in done:
-                times[name], before = time.monotonic() - before, time.monotonic()
+            now = worked(process.pid) or now
+            for name in (s for s in STAGES if s not in times and (self.out / LANDMARKS[s]).exists()):
+                times[name], before = now - before, now
             time.sleep(0.002)
         assert process.exitcode == 0, self.log.read_text()[-3000:]
         return times
 
     def kill(self, after: str | None, delay: float) -> str:
-        """Runs until `delay` seconds after the landmark of `after`; the stage that was hit."""
+        """Kills it `delay` seconds of its own work after the landmark of `after`; the stage that was hit."""
         process = self.begin()
         while process.is_alive() and after and not (self.out / LANDMARKS[after]).exists():
             time.sleep(0.001)
-        process.join(delay)
+        begun = worked(process.pid)
+        while process.is_alive() and worked(process.pid) < begun + delay:
+            time.sleep(0.001)
         if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         process.join()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch_pruning as tp
@@ -9,9 +11,10 @@ from model_helpers import SHAPES, tiny_model, tiny_shape, token_ids
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from koff_export.errors import KoffError
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.recipe import BASELINES, Structure
-from koff_prune.run import load_tensors, save_tensors
+from koff_prune.run import save_tensors
 from koff_prune.scores import DRAWS, Statistics, UnitImportance, collect, score_units
 from koff_prune.units import KINDS, Units, ffn_group, head_channels, read_units
 
@@ -150,7 +153,9 @@ def test_second_moments(statistics: Statistics, inputs: dict[tuple[int, str], to
 
 def test_statistics_survive_a_file(tmp_path, statistics: Statistics) -> None:  # type: ignore[no-untyped-def]
     save_tensors(statistics.tensors(), tmp_path / "s.safetensors")
-    again = Statistics.from_tensors(load_tensors(tmp_path / "s.safetensors"))
+    again = Statistics.open(tmp_path / "s.safetensors")
+    place = next(iter(again.second))
+    assert again.second[place] is not again.second[place]  # read anew, kept by nobody
     assert again.tokens == statistics.tokens
     for table in ("second", "taylor", "fisher", "fisher_tokens", "curvature"):
         a, b = getattr(again, table), getattr(statistics, table)
@@ -179,3 +184,11 @@ def test_random_follows_the_seed_and_differs_over_layers() -> None:
     assert not torch.equal(one["ffn_neurons"][0], other["ffn_neurons"][0])
     assert not torch.equal(one["ffn_neurons"][0], one["ffn_neurons"][1])
     assert one["kv_groups"] == []
+
+
+def test_half_a_statistics_file_is_one_sentence(tmp_path: Path) -> None:
+    save_tensors(Statistics(tokens=3).tensors(), tmp_path / "s.safetensors")
+    assert Statistics.open(tmp_path / "s.safetensors").tokens == 3
+    (tmp_path / "s.safetensors").write_bytes((tmp_path / "s.safetensors").read_bytes()[:-4])
+    with pytest.raises(KoffError, match="not a whole safetensors file"):
+        Statistics.open(tmp_path / "s.safetensors")
