@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 from koff_prune import load_recipe
+from koff_prune.arms import Arm
 from koff_prune.run import Run
-from koff_prune.stages import Arm, plan_arm
+from koff_prune.stages import plan_arm
 
 recipe = load_recipe(sys.argv[1])
 first, second = sys.argv[2:4]

@@ -16,6 +16,7 @@ import numpy as np
 from koff_export.errors import KoffError
 from koff_export.files import write_json, write_text
 from koff_prune import chat
+from koff_prune.arms import main_arm
 from koff_prune.evaluate import window_losses
 from koff_prune.figures import shares_by_layer
 from koff_prune.pages import finite, render
@@ -23,7 +24,7 @@ from koff_prune.plan import Kept, make_plan
 from koff_prune.progress import bar
 from koff_prune.run import Run, finished_run
 from koff_prune.specialise import activity, odds_of_removal, removed_mask, specific, strata
-from koff_prune.stages import baseline_scores, cut_arm, main_arm, plan_arm
+from koff_prune.stages import baseline_scores, cut_arm, plan_arm
 from koff_prune.verdict import RESAMPLES, SEED
 
 RIVALS = ("fisher", "wanda", "random")

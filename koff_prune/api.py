@@ -11,6 +11,7 @@ import torch
 from koff_export.errors import KoffError
 from koff_prune import ranks
 from koff_prune.analyze import analyze as analyze
+from koff_prune.arms import main_arm
 from koff_prune.bundling import write_bundle
 from koff_prune.compare import compare as _compare
 from koff_prune.needs import dry_plan
@@ -18,7 +19,7 @@ from koff_prune.plan import even_plan
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 from koff_prune.run import Run, finished_run
-from koff_prune.stages import cut_arm, learn_arm, main_arm, plan_arm
+from koff_prune.stages import cut_arm, learn_arm, plan_arm
 from koff_prune.sweep import sweep as _sweep
 
 

@@ -23,9 +23,7 @@ PROVEN = ("llama", "qwen2", "qwen3", "gemma3_text")
 EXPECTED = ("mistral",)
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "vocab_size")  # fmt: skip
-_MOST_UNITS = (
-    10**8
-)  # neurons of all layers: a config.json that says more is damaged, and would fill the memory
+_MOST_UNITS = 10**8  # neurons of all layers: a config.json that says more is damaged
 _HEAD_DIM = {"qwen3": 128, "gemma3_text": 256}  # where a config.json names none; else hidden size / heads
 
 

@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from koff_export.files import read_json
 from koff_prune import ranks
+from koff_prune.arms import Arm, main_arm
 from koff_prune.evaluate import perplexities
 from koff_prune.learn import steps_of
 from koff_prune.memory import kind_of, load_memory
 from koff_prune.report import render_table, write_report
 from koff_prune.run import versions
 from koff_prune.stages import (
-    Arm,
     arm_of,
     learn_arm,
     load_gates,
     losses_of,
-    main_arm,
     overlap,
     plan_arm,
 )  # fmt: skip

@@ -79,3 +79,13 @@ def memory_bytes(folder: Path, domain: str) -> dict[str, bytes]:
     """Every tensor of a saved memory, as bytes."""
     tensors = load_memory(folder / domain)
     return {f"{p}/{k}": t.numpy().tobytes() for p, group in tensors.items() for k, t in group.items()}
+
+
+def mistake(answer: Answer, *says: str) -> None:
+    assert answer.code == 2, (answer.code, answer.err)
+    assert "Traceback" not in answer.err
+    errors = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, answer.err
+    assert answer.err.splitlines()[-1] == errors[0]
+    for text in says:
+        assert text in errors[0], errors[0]

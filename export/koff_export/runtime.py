@@ -249,9 +249,8 @@ class Runtime:
             )
         if memory is not None:
             self.memory(memory)
-        kv = self.kv_tokens(memory)
-        context = self.manifest.context
-        if context is not None and len(tokens) + extra + kv > context:
+        if self.room(tokens, memory, extra) < extra:
+            kv, context = self.kv_tokens(memory), self.manifest.context
             wanted = f"{len(tokens)} tokens of text" + (f" and a memory of {kv}" if kv else "")
             raise KoffError(f"{wanted} do not fit into the model's {context} positions: shorten the text")
 

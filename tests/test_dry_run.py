@@ -1,0 +1,103 @@
+"""`plan --dry-run`: what a recipe would do, told from a config.json alone and at once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from run_helpers import koff_prune, mistake, recipe_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("place")
+    recipe_of(folder)
+    return folder
+
+
+def test_dry_run_needs_a_config_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((place / "model" / "config.json").read_bytes())
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    recipe["model"] = {"source": "some/model", "config": "config.json"}
+    recipe["domains"] = {"law": {"source": "not-here-yet.txt"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    answer = koff_prune(capsys, "plan", "--dry-run", tmp_path / "recipe.yaml")
+    assert answer.code == 0, answer.err
+    for word in ("ffn_neurons", "kv_groups (not pruned)", "dense model", "backbone", "one memory", "RAM"):
+        assert word in answer.out, word
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "recipe.yaml"]
+    answer = koff_prune(
+        capsys, "plan", "--dry-run", tmp_path / "recipe.yaml", "--set", "structure.sparsity=0.9"
+    )
+    mistake(answer, "nearest")
+
+
+LARGE = sorted((Path(__file__).parents[1] / "recipes").glob("*/languages.yaml"))
+
+
+@pytest.mark.parametrize("recipe", LARGE, ids=lambda p: p.parent.name)
+def test_dry_run_tells_what_devices_hold(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The parts add up, the dense model is whole everywhere, and a share of the batch is all that shrinks."""
+    found = {}
+    for devices in (1, 4, 8):
+        answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", devices, "--tflops", 50)
+        assert answer.code == 0, answer.err
+        sizes = {name: float(size) for size, name in re.findall(r"([\d.]+) GiB ([a-z' ]+):", answer.out)}
+        whole = re.search(rf"([\d.]+) GiB on each of {devices}", answer.out)
+        rate = re.search(rf"{devices} x 50 TFLOP/s / that = ([\d,]+) tokens/s", answer.out)
+        assert whole and rate
+        host = sizes.pop("on the host's disk")
+        assert sum(sizes.values()) == pytest.approx(float(whole[1]), abs=0.05) and host > 0
+        assert "sharding it" in answer.out and "unproven" in answer.out and "do not divide" not in answer.out
+        found[devices] = (sizes, int(rate[1].replace(",", "")))
+    parameters = re.search(r"dense model +([\d,]+) parameters", answer.out)
+    assert parameters is not None
+    weights = int(parameters[1].replace(",", "")) * 2 / 2**30  # bfloat16
+    one, eight = found[1][0], found[8][0]
+    assert one["dense model"] == eight["dense model"] == pytest.approx(weights, abs=0.01)
+    assert eight["activations"] == pytest.approx(one["activations"] / 8, abs=0.01)
+    assert {k: v for k, v in one.items() if k != "activations"} == {
+        k: v for k, v in eight.items() if k != "activations"
+    }
+    assert found[8][1] == pytest.approx(8 * found[1][1], rel=1e-3)
+    answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", 3)
+    assert "do not divide over 3" in answer.out
+
+
+def test_dry_run_imports_nothing_heavy() -> None:
+    """In under five seconds, on any machine: most of the time would go into importing torch."""
+    code = (
+        "import sys; from koff_prune.cli import main\n"
+        f"sys.argv = ['koff-prune', 'plan', '--dry-run', {str(LARGE[0])!r}, '--devices', '8']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'torch_pruning', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_devices_belong_to_a_dry_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mistake(koff_prune(capsys, "plan", place / "recipe.yaml", "--devices", 2), "--dry-run")
+
+
+def test_dry_run_counts_one_memory_rightly(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from model_helpers import tiny_model
+
+    from koff_prune.memory import Memories
+    from koff_prune.needs import dry_plan, memory_parameters
+    from koff_prune.reading import load_recipe
+
+    recipe = load_recipe(place / "recipe.yaml")
+    found = dry_plan(recipe)
+    model = tiny_model(num_hidden_layers=2)
+    full = Memories(model, recipe.memory, {"law": torch.arange(4)}, 0).count("law")
+    removed = 96 - sum(found["plan"].widths_of("ffn_neurons"))
+    assert memory_parameters(recipe, found["units"], found["plan"]) == full - removed * 2 * 3
