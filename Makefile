@@ -31,10 +31,10 @@ quickstart: venv  ## recipe to bundle, report and one generated line per domain 
 	say math 'The sum of the first ten odd numbers is'; \
 	say medicine 'The first-line treatment of type 2 diabetes mellitus is'
 
-test: venv  ## everything CI runs (15 minutes on 2 cores)
+test: venv  ## everything CI runs (8 minutes on 2 cores)
 	tests/install-chromium.sh
 	tests/install-javascript.sh
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: venv  ## what takes longer; the result is kept in tests/slow-result.txt
 	tests/install-chromium.sh
