@@ -17,6 +17,7 @@ from koff_export.errors import KoffError
 from koff_export.files import write_json, write_text
 from koff_prune import chat
 from koff_prune.arms import main_arm
+from koff_prune.device import on_device
 from koff_prune.evaluate import window_losses
 from koff_prune.figures import shares_by_layer
 from koff_prune.pages import finite, render
@@ -72,7 +73,7 @@ def _specialisation(run: Run, tokens: int, fraction: float) -> dict[str, Any]:
     """Odds of removal of specific neurons, under koff's plan and under others of the same budget."""
     windows = _windows(run, tokens)
     with bar("neurons' activity", sum(w.numel() for w in windows.values())) as progress:
-        seen = activity(run.dense.model, {n: chat.tokens(w) for n, w in windows.items()}, progress)
+        seen = activity(on_device(run.fresh()), {n: chat.tokens(w) for n, w in windows.items()}, progress)
     owner, stratum = specific(seen.probability, fraction), strata(seen.strength)
     is_specific = owner >= 0
     width = owner.shape[1]

@@ -166,6 +166,13 @@ def tasks(
         return run_tasks(run, around, list(names) or list(TASKS), limit=limit, who=memories)
 
 
+def set_device(name: str | None) -> None:
+    """Where models compute: see `device.use`."""
+    from koff_prune import device
+
+    device.use(name)
+
+
 def set_threads(threads: int | None) -> None:
     """How many processor cores torch may use; results are repeatable for an equal number."""
     if threads is not None:

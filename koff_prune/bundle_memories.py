@@ -20,13 +20,14 @@ from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, fsync_path, read_json, staged_dir, write_json
-from koff_prune.attach import attach_memory
+from koff_prune.attach import attach, attach_memory
 from koff_prune.bundling import MEMORY_LEARN, compose_saved
 from koff_prune.cut import load_backbone
+from koff_prune.device import on_device
 from koff_prune.domains import load_domain
 from koff_prune.evaluate import window_losses
 from koff_prune.formats import tell_memory, write_gguf_memory, write_onnx_memory
-from koff_prune.learn import Phase, steps_of, train
+from koff_prune.learn import Phase, spends, steps_of, train
 from koff_prune.lock import alone
 from koff_prune.memory import Memories, memory_of_folder, save_memory
 from koff_prune.numerics import TOLERANCE, numerics
@@ -96,7 +97,7 @@ def add_memory(
         _same_work(work, recipe)
         tokenizer = AutoTokenizer.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
         blocks = load_domain(name, recipe.domains[name], tokenizer, recipe, bos=manifest.bos)
-        model = load_backbone(bundle)
+        model = on_device(load_backbone(bundle))
         memories = Memories(model, recipe.memory, {name: blocks.prefill}, recipe.seed)
         learn = recipe.learn
         with bar(f"training {name}", steps_of(tokens, learn, 1) * learn.window * learn.batch) as progress:
@@ -104,6 +105,9 @@ def add_memory(
                 memories, {name: blocks.train}, learn, Phase(tokens, 0.0, 1.0), work, seed=recipe.seed,
                 report=lambda step, loss, _: progress(learn.window * learn.batch, f"loss {loss:.3f}"),
             )  # fmt: skip
+        if spends(learn):
+            whole = on_device(load_backbone(bundle))
+            memories = attach(whole, name, memories.tensors(name), recipe.memory)
         losses = [window_losses(memories, blocks.heldout, who) for who in (name, None)]
         means = [sum(values) / len(values) for values in losses]
         with staged_dir(work / "memory") as aside:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -26,6 +28,7 @@ app = typer.Typer(
 
 app.add_typer(memory_app, name="memory")
 
+DEVICE_HELP = "Where models compute: cpu, cuda, cuda:1, ... [default: a CUDA GPU, if there is one]."
 OUT_OF_MEMORY = (
     "out of memory; lower learn.window or learn.batch, or set learn.gradient_checkpointing: true;"
     " before and after learning, lower scoring.window or evaluate.window"
@@ -36,6 +39,24 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run directory [default:
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run of the same recipe.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set learn.tokens=100000.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor cores for torch.")]
+Device = Annotated[str | None, typer.Option("--device", help=DEVICE_HELP)]
+Shard = Annotated[bool, typer.Option("--shard", help="Several processes: share out the frozen model.")]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a command may use of the machine: the flags that are no matter of a recipe."""
+
+    threads: int | None = None
+    device: str | None = None
+    shard: bool = False
+
+    def take(self) -> None:
+        """Sets torch up; of several processes, each takes its place."""
+        from koff_prune import api
+
+        api.set_threads(self.threads)
+        api.set_device(self.device)
 
 
 def _stage(
@@ -44,7 +65,7 @@ def _stage(
     out: Path | None,
     resume: bool,
     overrides: list[str] | None,
-    threads: int | None,
+    machine: Machine,
     **options: Any,
 ) -> Any:
     from koff_prune.reading import load_recipe
@@ -53,8 +74,8 @@ def _stage(
     _quiet()
     from koff_prune import api, ranks
 
-    ranks.join()
-    api.set_threads(threads)
+    machine.take()
+    ranks.join(machine.shard)
     try:
         return getattr(api, name)(checked, out or Path("runs") / recipe.stem, resume=resume, **options)
     except KeyboardInterrupt:
@@ -70,20 +91,32 @@ def _stage(
 
 @app.command()
 def apply(
-    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+    recipe: RecipePath,
+    out: Out = None,
+    resume: Resume = False,
+    set_: Set = None,
+    threads: Threads = None,
+    device: Device = None,
+    shard: Shard = False,
 ) -> None:
     """The whole road: learn, plan, cut, compare, export; prints the table."""
-    folder = _stage("apply", recipe, out, resume, set_, threads)
+    folder = _stage("apply", recipe, out, resume, set_, Machine(threads, device, shard))
     _print_table(folder)
     print(f"\nbundle: {folder / 'bundle'}\nreport: {folder / 'report.html'}")
 
 
 @app.command()
 def learn(
-    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+    recipe: RecipePath,
+    out: Out = None,
+    resume: Resume = False,
+    set_: Set = None,
+    threads: Threads = None,
+    device: Device = None,
+    shard: Shard = False,
 ) -> None:
     """Learn gates and memories together."""
-    print(_stage("learn", recipe, out, resume, set_, threads) / "gates.safetensors")
+    print(_stage("learn", recipe, out, resume, set_, Machine(threads, device, shard)) / "gates.safetensors")
 
 
 @app.command()
@@ -93,6 +126,8 @@ def plan(
     resume: Resume = False,
     set_: Set = None,
     threads: Threads = None,
+    device: Device = None,
+    shard: Shard = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print units, widths and needs; fetch nothing.")
     ] = False,
@@ -108,20 +143,26 @@ def plan(
         from koff_prune.dry_run import describe
         from koff_prune.reading import load_recipe
 
-        describe(load_recipe(recipe, set_, check_files=False), devices, tflops)
+        describe(load_recipe(recipe, set_, check_files=False), devices, tflops, shard)
         return
     if devices is not None:
         raise KoffError("--devices: tells the needs of a --dry-run; give both")
-    made = _stage("plan", recipe, out, resume, set_, threads)
+    made = _stage("plan", recipe, out, resume, set_, Machine(threads, device, shard))
     print(f"{made.realised:.4f} of {made.of} removed, plan {made.digest}")
 
 
 @app.command()
 def cut(
-    recipe: RecipePath, out: Out = None, resume: Resume = False, set_: Set = None, threads: Threads = None
+    recipe: RecipePath,
+    out: Out = None,
+    resume: Resume = False,
+    set_: Set = None,
+    threads: Threads = None,
+    device: Device = None,
+    shard: Shard = False,
 ) -> None:
     """Remove the units, slice and settle the memories."""
-    print(_stage("cut", recipe, out, resume, set_, threads) / "backbone")
+    print(_stage("cut", recipe, out, resume, set_, Machine(threads, device, shard)) / "backbone")
 
 
 @app.command()
@@ -131,12 +172,14 @@ def export(
     resume: Resume = False,
     set_: Set = None,
     threads: Threads = None,
+    device: Device = None,
+    shard: Shard = False,
     merge: Annotated[
         str | None, typer.Option("--merge", help="Bake one domain's memory in: bundle-<domain>/, no slots.")
     ] = None,
 ) -> None:
     """Write the bundle."""
-    print(_stage("export", recipe, out, resume, set_, threads, merge=merge))
+    print(_stage("export", recipe, out, resume, set_, Machine(threads, device, shard), merge=merge))
 
 
 @app.command()
@@ -146,13 +189,16 @@ def compare(
     resume: Resume = False,
     set_: Set = None,
     threads: Threads = None,
+    device: Device = None,
+    shard: Shard = False,
     sparsity: Annotated[str | None, typer.Option("--sparsity", help="Several targets: 0.06,0.12.")] = None,
     seed: Annotated[str | None, typer.Option("--seed", help="Several seeds: 0,1,2.")] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Several budgets of training.")] = None,
 ) -> None:
     """Compute every row of the report; prints the table. Lists make a sweep: sweep.html, .md, .json."""
+    machine = Machine(threads, device, shard)
     if sparsity is None and seed is None and tokens is None:
-        _stage("compare", recipe, out, resume, set_, threads)
+        _stage("compare", recipe, out, resume, set_, machine)
         _print_table(out or Path("runs") / recipe.stem)
         return
     lists = {
@@ -161,7 +207,8 @@ def compare(
         "tokens": _numbers("--tokens", tokens, int),
     }
     place = out or Path("runs") / f"{recipe.stem}-sweep"
-    for sentence in _stage("sweep", recipe, place, resume, set_, threads, **lists)["sentences"]:
+    found = _stage("sweep", recipe, place, resume, set_, machine, **lists)
+    for sentence in found["sentences"]:
         print(sentence)
     print(f"\nsweep: {place / 'sweep.html'}")
 
@@ -180,12 +227,13 @@ def analyze(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Held-out tokens a domain.")] = 8192,
     specific: Annotated[float, typer.Option("--specific", help="Share of neurons called specific.")] = 0.05,
     threads: Threads = None,
+    device: Device = None,
 ) -> None:
     """What a run removed (domain-specific neurons?) and what its memories hold (swapped wrongly)."""
     _quiet()
     from koff_prune import api
 
-    api.set_threads(threads)
+    Machine(threads, device).take()
     for sentence in api.analyze(run, tokens=tokens, fraction=specific)["sentences"]:
         print(sentence)
     print(f"\nanalysis: {run / 'analysis.html'}")
@@ -198,12 +246,13 @@ def tasks(
     limit: Annotated[int, typer.Option("--limit", min=1, help="Items a task.")] = 100,
     memory: Annotated[str | None, typer.Option("--memory", help="Some of them: none,math.")] = None,
     threads: Threads = None,
+    device: Device = None,
 ) -> None:
     """Multiple choice and cloze through lm-eval, dense beside slim with every memory (extra `eval`)."""
     _quiet()
     from koff_prune import api
 
-    api.set_threads(threads)
+    Machine(threads, device).take()
     chosen = memory.split(",") if memory else None
     api.tasks(run, task.split(",") if task else [], limit=limit, memories=chosen)
     print((run / "tasks.md").read_text(encoding="utf-8"))
@@ -231,6 +280,7 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it can do without
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -111,13 +111,16 @@ class PredictionHooks:
                 base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
                 self._handles.append(base.register_forward_pre_hook(self._hook((i, kind))))
 
-    def refresh(self, kept: Kept, dtype: torch.dtype) -> None:
-        """Solves for the units that `kept` leaves out. B is spread over all channels, zero at closed ones."""
+    def refresh(self, kept: Kept, like: torch.Tensor) -> None:
+        """Solves for the units that `kept` leaves out, for inputs of the dtype and on the device of `like`.
+
+        B is spread over all channels, zero at closed ones.
+        """
         self._tables = {}
         for place, (keep, drop, b) in self.compensation.solve(kept).items():
             wide = b.new_zeros(len(drop), len(keep) + len(drop))
             wide[:, keep] = b
-            self._tables[place] = (wide.to(dtype), drop)
+            self._tables[place] = (wide.to(like), drop.to(like.device))
 
     def _hook(self, place: Place) -> Any:
         def fill(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:

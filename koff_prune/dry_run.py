@@ -12,12 +12,13 @@ from koff_prune.recipe import Recipe
 GIB = 2**30
 
 
-def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0) -> None:
+def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0, shard: bool = False) -> None:
     """Prints units, widths at the target, sizes and what learning needs; fetches no weights.
 
     Args:
         recipe: Checked.
         devices: Tell what each of so many accelerators would hold.
+        shard: They share out the dense model's layers.
         tflops: 10^12 operations that one of them sustains each second.
 
     Raises:
@@ -29,7 +30,7 @@ def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0) 
     slim, dense = plan.parameters["slim"], plan.parameters["dense"]
     memory = memory_parameters(recipe, units, plan)
     each = 4 if native_dtype(recipe.model.dtype) == "float32" else 2
-    need = needs(recipe, found["config"], units, plan, devices or 1)
+    need = needs(recipe, found["config"], units, plan, devices or 1, shard)
     table = Table(
         title=f"{recipe.structure.sparsity:.1%} of {recipe.structure.of}, widths {recipe.structure.widths}"
     )
@@ -65,9 +66,9 @@ def _on_devices(recipe: Recipe, need: Needs, devices: int, tflops: float) -> lis
     tokens = learn.tokens + learn.settle_tokens
     lines = [f"{size / GIB:8.2f} GiB {name + ':':<13}{said}" for name, said, size in need.parts]
     lines += [
-        f"{need.device / GIB:8.2f} GiB on each of {devices}, data parallel: the whole dense model is on each"
-        " (sharding it is",
-        f"{'':13}not built), and each learns from {need.windows} of {learn.batch} windows (learn.batch)",
+        f"{need.device / GIB:8.2f} GiB on each of {devices} while learning, each from {need.windows} of"
+        f" {learn.batch} windows (learn.batch)",
+        f"{need.whole / GIB:8.2f} GiB on the first while scoring and evaluating: the whole dense model",
         f"{need.second_moments / GIB:8.2f} GiB on the host's disk: second moments, read layer by layer",
         "",
         f"{need.flops / 1e9:.1f} GFLOP a token = {need.work}",

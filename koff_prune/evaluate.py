@@ -32,7 +32,7 @@ def window_losses(
     memories.activate(domain)
     losses: list[float] = []
     for rows in windows.split(batch):
-        read, labels = tokens_and_labels(rows)
+        read, labels = tokens_and_labels(rows.to(memories.device))
         with memories.autocast():
             logits = memories.base(input_ids=read, use_cache=False).logits
         for row, target in zip(logits, labels, strict=True):

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from koff_prune import ranks
+from koff_prune.device import device_of
 from koff_prune.plan import Kept, Scores, choose
 from koff_prune.recipe import Structure
 from koff_prune.surgeon import MEND
@@ -165,24 +166,29 @@ class Gates(nn.Module):
             kept |= {
                 name: getattr(self, name) for name in ("prior", "chosen", "surprise", "squares", "weights")
             }
-        return {name: tensor.detach().clone() for name, tensor in kept.items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """The reverse of `state`, in place."""
         for name, tensor in state.items():
             getattr(self, name).copy_(tensor)
-        self._squared = self.squares.clone()
+        self._squared = self.squares.cpu().clone()
+
+    def gathered(self, device: torch.device) -> torch.Tensor:
+        """`squares` where the backward pass adds to them: on the model's device, so that it need not wait."""
+        self.squares = self.squares.to(device)
+        return self.squares
 
     @torch.no_grad()
     def share(self) -> None:
         """Brings together what several processes found in the step, before `observe`."""
         if ranks.world() > 1 and self.prior_tokens is not None and self._drawn is not None:
             # per token the loss of a share of the batch weighs more, as often as there are shares
-            added = (self.squares - self._squared) / ranks.world()
+            added = (self.squares.cpu() - self._squared) / ranks.world()
             ranks.share_mean([t for t in (self._drawn[1].grad, added) if t is not None])
             self.squares.copy_(self._squared + added)
-            self._squared = self.squares.clone()
+            self._squared = self.squares.cpu().clone()
 
     @torch.no_grad()
     def observe(self, tokens: int) -> None:
@@ -208,7 +214,9 @@ class Gates(nn.Module):
         self.weights += torch.tensor([weight, weight**2, tokens], dtype=torch.float64)
         self.surprise += (found - self.surprise) * float(weight / self.weights[0])
         seen, half, known = float(self.weights[2]), self.prior.clone(), self.information
-        squares = self.squares / self.cost if len(self.structure.units) > 1 else self.squares
+        squares = self.squares.cpu()
+        if len(self.structure.units) > 1:
+            squares = squares / self.cost
         for state in (closed, ~closed):
             typical = float(squares[state].median()) if state.any() else 0.0
             if typical > 0:
@@ -304,6 +312,7 @@ class GateHooks:
     """
 
     def __init__(self, model: nn.Module, units: Units) -> None:
+        self.device = device_of(model)
         self.z: dict[tuple[int, UnitKind], torch.Tensor] = {}
         self.squares: dict[tuple[int, UnitKind], torch.Tensor] = {}
         self._handles = []
@@ -326,10 +335,11 @@ class GateHooks:
     def set(self, gates: Gates, z: torch.Tensor) -> None:
         """Closes and opens units: z is float [gated units], with or without a gradient."""
         self.z = {}
+        z = z.to(self.device)
         for i, kind, a, b in gates.slots:
             have = self.units.layers[i]
             if gates.form == RE_ESTIMATED:
-                self.squares[(i, kind)] = gates.squares[a:b]
+                self.squares[(i, kind)] = gates.gathered(self.device)[a:b]
             part = z[a:b]
             # a KV group gates the outputs of all its query heads
             self.z[(i, kind)] = (

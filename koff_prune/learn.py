@@ -26,7 +26,9 @@ from koff_prune.gates import GateHooks, Gates
 from koff_prune.interrupt import Interruption
 from koff_prune.learner import Learner
 from koff_prune.memory import Memories
+from koff_prune.quantise import quantise
 from koff_prune.recipe import Learn
+from koff_prune.sharding import shard
 from koff_prune.windows import DomainWindows
 
 STATE = "state.safetensors"
@@ -97,7 +99,11 @@ class LearnTrainer(Trainer):
         self.learner, self.learn_section, self.phase = learner, learn, phase
         self._aside: Path | None = None
         super().__init__(model=learner, **kwargs)
+        self.accelerator.device_placement = False  # see `train` on `use_cpu`
         self.model_accepts_loss_kwargs = False  # so that Trainer divides by the number of domains itself
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """It is where it belongs."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
@@ -201,6 +207,11 @@ def steps_of(tokens: int, learn: Learn, domains: int) -> int:
     return round(tokens / (learn.window * learn.batch * domains))
 
 
+def spends(learn: Learn) -> bool:
+    """Whether a model that was trained around is no longer what it was: sharded, or in 4 bits."""
+    return ranks.sharded() or learn.base != "full"
+
+
 def train(
     memories: Memories,
     windows: Mapping[str, torch.Tensor],
@@ -217,7 +228,8 @@ def train(
     """Trains memories, and gates where given, and resumes from the last whole checkpoint in `folder`.
 
     Args:
-        memories: Around the dense model with gates, or around a backbone without.
+        memories: Around the dense model with gates, or around a backbone without. Where `spends` the model,
+            afterwards good for their tensors alone.
         windows: Per domain, int64 [windows, learn.window].
         learn: The recipe's section.
         phase: Tokens, and where the learning rate stands.
@@ -243,10 +255,16 @@ def train(
         raise KoffError(
             f"learn.batch: {learn.batch} windows do not divide over {ranks.world()} processes; set a multiple"
         )
+    if ranks.sharded() and learn.base != "full":
+        raise KoffError(f"learn.base: {learn.base} cannot be shared out too; leave --shard away, or set full")
+    if learn.base == "nf4":
+        quantise(memories.base)
     hooks = GateHooks(memories.model, gates.units) if gates is not None else None
     step_tokens = learn.window * learn.batch * len(windows)
     interruption = Interruption()
     learner = Learner(memories, gates, compensation, learn, hooks)
+    if ranks.sharded():
+        shard(memories.base)
     ramp = max(1, round(learn.gates.ramp * steps)) if gates is not None else 0
     folder.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(
@@ -254,7 +272,7 @@ def train(
         max_steps=steps,
         per_device_train_batch_size=learn.batch // ranks.world(),
         gradient_accumulation_steps=len(windows),
-        use_cpu=True,  # a GPU is unproven: models, gates and windows are kept on the CPU
+        use_cpu=True,  # to Trainer: where the model is, is `device`'s matter, and the loss comes back
         seed=seed,
         save_strategy="steps",
         save_steps=learn.checkpoint_steps,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from koff_export.errors import KoffError
+from koff_prune import ranks
 from koff_prune.chat import IGNORED, tokens_and_labels
 from koff_prune.compensate import Compensation, PredictionHooks
 from koff_prune.gates import GateHooks, Gates
@@ -63,7 +64,7 @@ class Learner(nn.Module):
             kept = self.gates.kept_now()
             if kept != self._closed:
                 self._closed = kept
-                self.predictions.refresh(kept, next(self.memories.base.parameters()).dtype)
+                self.predictions.refresh(kept, next(self.memories.base.parameters()))
 
     def forward(self, input_ids: torch.Tensor, domain: torch.Tensor) -> torch.Tensor:
         """Loss in nats per token of windows int64 [batch, window] of one domain.
@@ -74,7 +75,7 @@ class Learner(nn.Module):
         memories = self.memories
         name = memories.domains[int(domain[0])]
         hidden, head = memories.base.model, memories.base.get_output_embeddings().weight
-        input_ids, labels = tokens_and_labels(input_ids)
+        input_ids, labels = tokens_and_labels(input_ids.to(memories.device))
         labels = labels[:, 1:].reshape(-1)
         said = labels != IGNORED
         teacher = None
@@ -92,10 +93,13 @@ class Learner(nn.Module):
             out, labels = out[said], labels[said]
             teacher = teacher[said] if teacher is not None else None
         loss = head_loss(out, head, labels, teacher, ce=self.loss.ce, kl=self.loss.kl)
-        if not math.isfinite(value := float(loss.detach())):
+        finite = math.isfinite(value := float(loss.detach()))
+        if ranks.sharded() and self.skips:  # the backward pass needs all: they skip together
+            finite = not ranks.any_of(not finite)
+        if not finite:
             self.not_finite(f"the loss is {value} at step {self.step + 1}, on a batch of {name}")
             return torch.zeros((), requires_grad=True)  # nothing to learn from
-        return loss
+        return loss.cpu()  # where Trainer is told to be
 
     def not_finite(self, what: str) -> None:
         """Stops, or under `non_finite: skip` says what is left out; too often in a row is no accident.

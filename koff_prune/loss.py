@@ -27,19 +27,20 @@ class _HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
-        for at in range(0, len(hidden), CHUNK):
-            rows = slice(at, at + CHUNK)
-            log_p = functional.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
-            d = log_p.exp()
+        chunk = CHUNK if teacher is None else CHUNK // 2  # its logits exist beside
+        for at in range(0, len(hidden), chunk):
+            rows = slice(at, at + chunk)
+            log_p = functional.log_softmax(hidden[rows] @ head.T, dim=-1, dtype=torch.float32)
             total += ce * functional.nll_loss(log_p, labels[rows], reduction="sum")
+            q = None
             if teacher is not None:
-                log_q = functional.log_softmax((teacher[rows] @ head.T).float(), dim=-1)
+                log_q = functional.log_softmax(teacher[rows] @ head.T, dim=-1, dtype=torch.float32)
                 q = log_q.exp()
-                total += kl * (q * (log_q - log_p)).sum()
-                d = d.mul_(ce + kl).sub_(q, alpha=kl)
-            else:
-                d = d.mul_(ce)
-            d[torch.arange(len(d)), labels[rows]] -= ce
+                total += kl * log_q.sub_(log_p).mul_(q).sum()
+                del log_q
+            d = log_p.exp_()
+            d = d.mul_(ce) if q is None else d.mul_(ce + kl).sub_(q, alpha=kl)
+            d[torch.arange(len(d), device=d.device), labels[rows]] -= ce
             gradient[rows] = d.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
         ctx.count = len(hidden)

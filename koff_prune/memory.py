@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from koff_export.attention import set_attention
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, read_json
+from koff_prune.device import device_of
 from koff_prune.recipe import Memory, MemoryKind
 from koff_prune.units import decoder_layers
 
@@ -59,7 +60,7 @@ class KvMemory(nn.Module):
         result = {}
         for i in range(len(self.keys)):
             for name, tensor in zip(("key", "value"), self.layer(i), strict=True):
-                result[f"layers.{i}.{name}"] = tensor.detach().contiguous().clone()
+                result[f"layers.{i}.{name}"] = tensor.detach().cpu().contiguous().clone()
         return result
 
     @classmethod
@@ -84,7 +85,7 @@ class KvMemory(nn.Module):
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values [kv_heads, P, head_dim] per layer that the model computes for the tokens `ids` [P]."""
     cache: Any = DynamicCache()
-    model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    model(input_ids=ids[None].to(device_of(model)), past_key_values=cache, use_cache=True)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
@@ -200,6 +201,11 @@ class Memories:
         """Every domain's learned cache, without the sinks."""
         return [p for kv in self.kv.values() for p in kv.parameters()]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its memories."""
+        return device_of(self.base)
+
     def count(self, domain: str) -> int:
         """Parameters that one domain's memory carries."""
         tensors = self.tensors(domain)
@@ -212,7 +218,7 @@ class Memories:
             state = get_peft_model_state_dict(
                 self.model, adapter_name=_adapter(domain), save_embedding_layers=False
             )
-            result["lora"] = {k: v.detach().contiguous().clone() for k, v in state.items()}
+            result["lora"] = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
         if domain in self.kv:
             result["kv"] = self.kv[domain].tensors()
         return result

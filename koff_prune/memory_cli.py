@@ -29,12 +29,14 @@ def add(
     ] = None,
     replace: Replace = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor cores.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, … [default: a GPU].")] = None,
 ) -> None:
     """Train one more memory on the bundle's backbone, which stays as it is. Goes on where it was stopped."""
     from koff_prune import api
     from koff_prune.bundle_memories import add_memory
 
     api.set_threads(threads)
+    api.set_device(device)
     try:
         told = add_memory(bundle, name, data, tokens=tokens, overrides=set_, replace=replace)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from koff_prune.recipe import Recipe
 
 LOGITS = 512  # tokens whose logits exist at one time (`loss.CHUNK`)
 TRAINED = 16  # bytes of a trained number: itself, its gradient, Adam's two moments; float32
+NF4 = 0.516  # bytes of a number in 4 bits and its share of a block's scale (Dettmers et al. 2023)
 GATED = 40  # bytes of a gate: the same, and what re-estimated ones gather
 
 
@@ -26,9 +27,9 @@ class Needs:
     """What learning needs on each of several devices that share every batch.
 
     Attributes:
-        parts: Name, arithmetic in words, and bytes. The dense model is whole on every device: sharding it is
-            not built.
+        parts: Name, arithmetic in words, and bytes.
         windows: That a device learns from at a time.
+        whole: Bytes of the dense model as it is scored and cut.
         second_moments: Bytes of compensation's statistics, float32: in memory while they are collected, then
             in a file.
         flops: Per token: forward, and back through weights that get no gradient of their own.
@@ -37,6 +38,7 @@ class Needs:
 
     parts: tuple[tuple[str, str, int], ...]
     windows: int
+    whole: int
     second_moments: int
     flops: float
     work: str
@@ -49,12 +51,22 @@ class Needs:
     @property
     def host(self) -> int:
         """Bytes on a machine that scores, then learns, on its processor."""
-        model = self.parts[0][2]
-        return max(self.device, model + self.second_moments)
+        return max(self.device, self.whole + self.second_moments)
 
 
-def needs(recipe: Recipe, config: dict[str, Any], units: Units, plan: Plan, devices: int = 1) -> Needs:
-    """What `recipe` needs around a model of this config, on each of `devices`."""
+def needs(
+    recipe: Recipe, config: dict[str, Any], units: Units, plan: Plan, devices: int = 1, shard: bool = False
+) -> Needs:
+    """What `recipe` needs around a model of this config, on each of `devices`.
+
+    Args:
+        recipe: Checked.
+        config: The model's, as a dictionary.
+        units: Of the model.
+        plan: Any of the recipe's sparsity.
+        devices: That share every batch.
+        shard: They share the dense model's layers too.
+    """
     learn, first, hidden, layers = recipe.learn, units.layers[0], units.hidden_size, len(units.layers)
     each = 4 if native_dtype(recipe.model.dtype) == "float32" else 2
     windows = -(-learn.batch // devices)
@@ -67,7 +79,7 @@ def needs(recipe: Recipe, config: dict[str, Any], units: Units, plan: Plan, devi
         saved = f"({layers} layers x {hidden:,} + 14 x {hidden:,} + 5 x {inner:,} of one)"
     count = hidden * layers + kept if learn.gradient_checkpointing else kept * layers
     parts = [
-        ("dense model", f"{units.parameters:,} parameters x {each} bytes", units.parameters * each),
+        ("dense model", *_dense(units, each, recipe.learn.base == "nf4", devices if shard else 1)),
         ("memories", f"{domains} x {memory:,} parameters x {TRAINED} bytes (float32 with gradient and Adam)",
          domains * memory * TRAINED),
         ("gates", f"{gated:,} units x {GATED} bytes", gated * GATED),
@@ -89,9 +101,23 @@ def needs(recipe: Recipe, config: dict[str, Any], units: Units, plan: Plan, devi
         work += closed * inner
         said = f"{work / 1e9:.2f} G (blocks, head, attention, predictions"
     return Needs(
-        tuple(parts), windows, moments, passes * work + 6 * memory,
+        tuple(parts), windows, units.parameters * each, moments, passes * work + 6 * memory,
         f"{passes} x {said}) + 6 x {memory / 1e9:.2f} G",
     )  # fmt: skip
+
+
+def _dense(units: Units, each: int, nf4: bool, shares: int) -> tuple[str, int]:
+    """Arithmetic in words and bytes of the dense model while memories are trained around it."""
+    blocks, rest = units.block_parameters, units.parameters - units.block_parameters
+    if not nf4 and shares == 1:
+        return f"{units.parameters:,} parameters x {each} bytes", units.parameters * each
+    size = NF4 if nf4 else each
+    said = f"{blocks:,} in blocks x {size:g} bytes"
+    share = 1.0
+    if shares > 1:  # one layer is whole at a time, and the next is on its way
+        said += f" x (1 / {shares} + 2 / {len(units.layers)} layers)"
+        share = min(1.0, 1 / shares + 2 / len(units.layers))
+    return f"{said} + {rest:,} others x {each} bytes", round(blocks * size * share) + rest * each
 
 
 def memory_parameters(recipe: Recipe, units: Units, plan: Plan) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from koff_export.errors import KoffError
+from koff_prune.device import device
 from koff_prune.progress import console, say
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
@@ -25,24 +26,35 @@ _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 class _State:
     rank, world = 0, 1
+    sharded = False  # whether training shares out the frozen model
     depth = 0  # of nested turns
     training = False  # here alone may one process fail without the others
     lost = False  # another: this one is on its way out
 
 
-def join() -> None:
+def join(shard: bool = False) -> None:
     """Takes the place that a launcher gave this process; without one, does nothing.
 
+    Args:
+        shard: Share out the frozen model while training (`sharding`).
+
     Raises:
-        KoffError: The launcher's variables are no numbers.
+        KoffError: The launcher's variables are no numbers, or there is nobody to share with.
     """
     try:
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     except ValueError as error:
         raise KoffError("WORLD_SIZE and RANK must be numbers, as torchrun sets them; unset them") from error
     if world < 2 or _State.world > 1:
+        if shard and world < 2:
+            raise KoffError("--shard: there is one process; start several with torchrun or accelerate launch")
         return
-    distributed.init_process_group("gloo", rank=rank, world_size=world)
+    _State.sharded = shard
+    kind = device().type
+    backend = "gloo"
+    if kind != "cpu":
+        backend = f"cpu:gloo,{kind}:{distributed.get_default_backend_for_device(kind)}"
+    distributed.init_process_group(backend, rank=rank, world_size=world)
     for name in _LAUNCHED:
         os.environ.pop(name, None)
     _State.rank, _State.world = rank, world
@@ -66,6 +78,11 @@ def world() -> int:
 def rank() -> int:
     """This process's place, 0 for the first."""
     return _State.rank
+
+
+def sharded() -> bool:
+    """Whether training shares out the frozen model over the processes."""
+    return _State.sharded
 
 
 def speaks() -> bool:
@@ -132,14 +149,19 @@ def any_of(answer: bool) -> bool:
 
 
 def share_mean(tensors: Iterable[torch.Tensor]) -> None:
-    """Replaces tensors by their mean over all processes, in place; float32, the same shapes everywhere."""
+    """Replaces tensors by their mean over all processes, in place; float32, the same shapes everywhere.
+
+    They may be on several devices: each device's go as one.
+    """
     if _State.world == 1:
         return
     found = list(tensors)
-    flat = torch.cat([t.reshape(-1) for t in found])
-    distributed.all_reduce(flat)
-    flat /= _State.world
-    at = 0
-    for tensor in found:
-        tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
-        at += tensor.numel()
+    for place in {t.device: None for t in found}:  # in the same order everywhere
+        here = [t for t in found if t.device == place]
+        flat = torch.cat([t.reshape(-1) for t in here])
+        distributed.all_reduce(flat)
+        flat /= _State.world
+        at = 0
+        for tensor in here:
+            tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
+            at += tensor.numel()

@@ -86,6 +86,11 @@ class Learn(Section):
     gates: Gates = Gates()
     checkpoint_steps: Int = Field(default=20, ge=1, description="Optimizer steps between checkpoints.")
     gradient_checkpointing: Bool = False
+    base: Literal["full", "nf4"] = Field(
+        default="full",
+        description="The frozen model while training: nf4 holds its linear layers in 4 bits (extra"
+        " `quantised`); scores, cut and export take the full weights either way.",
+    )
     non_finite: Literal["stop", "skip"] = Field(
         default="stop", description="What to do about a loss that is not finite; skip leaves its batch out."
     )

@@ -216,6 +216,7 @@ class Run:
     @cached_property
     def statistics(self) -> Statistics:
         """One pass of the dense model over the scoring text of all domains, kept in the run directory."""
+        from koff_prune.device import on_device
         from koff_prune.scores import Statistics, collect
 
         with ranks.turn():
@@ -224,7 +225,7 @@ class Run:
                 windows = [w for blocks in self.domains.values() for w in blocks.scoring]
                 with bar("scoring units", sum(len(w) for w in windows)) as progress, self.timed("score"):
                     kinds, seed = self.recipe.structure.units, self.recipe.seed
-                    found = collect(self.dense.model, self.units, kinds, windows, progress, seed)
+                    found = collect(on_device(self.fresh()), self.units, kinds, windows, progress, seed)
                 save_tensors(found.tensors(), path)
             return Statistics.open(path)
 

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from koff_export.files import check_safetensors
 from koff_prune.chat import IGNORED, tokens_and_labels
+from koff_prune.device import device_of
 from koff_prune.plan import Scores
 from koff_prune.recipe import Structure
 from koff_prune.surgeon import elimination_costs
@@ -143,7 +144,7 @@ def collect(
         seed: Of the drawn labels.
 
     Returns:
-        The statistics, float32 on the CPU.
+        The statistics, float32 on the CPU, wherever the model is.
     """
     result = Statistics()
     layers = decoder_layers(model)
@@ -157,13 +158,14 @@ def collect(
             module, place = consumer(layer, kind), (i, kind)
             handles.append(module.register_forward_pre_hook(_capture(place, inputs, gradients)))
             handles.append(module.register_forward_hook(_capture_output(place, outward)))
-    embed = model.get_input_embeddings()
+    embed, device = model.get_input_embeddings(), device_of(model)
     generator = torch.Generator().manual_seed(seed)
     try:
         for window in windows:
             # the base is frozen, so the gradient enters through the embeddings
             read, wanted = tokens_and_labels(window)
             said = wanted[1:] != IGNORED
+            read, wanted, said = read.to(device), wanted.to(device), said.to(device)
             embedded = embed(read[None]).detach().requires_grad_(True)
             with torch.enable_grad():
                 logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
@@ -210,8 +212,9 @@ def _capture_output(place: Place, gradients: dict[Place, torch.Tensor]) -> Any:
 
 def _drawn(logits: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
     """DRAWS label sequences, int64 [tokens] each, from the model's predictions [tokens, vocabulary]."""
-    probability = logits.softmax(-1)
-    return list(torch.multinomial(probability, DRAWS, replacement=True, generator=generator).T)
+    probability = logits.softmax(-1).cpu()  # where the generator is
+    drawn = torch.multinomial(probability, DRAWS, replacement=True, generator=generator)
+    return list(drawn.to(logits.device).T)
 
 
 def _per_token(place: Place, x: torch.Tensor, g: torch.Tensor, units: Units) -> torch.Tensor:
@@ -220,6 +223,7 @@ def _per_token(place: Place, x: torch.Tensor, g: torch.Tensor, units: Units) -> 
 
 
 def _add(table: dict[Place, torch.Tensor], place: Place, value: torch.Tensor) -> None:
+    value = value.cpu()
     table[place] = table[place].add_(value) if place in table else value
 
 
@@ -237,10 +241,10 @@ def _accumulate(result: Statistics, place: Place, x: torch.Tensor, g: torch.Tens
     _add(result.fisher, place, window.square())
     _add(result.fisher_tokens, place, per_token.square().sum(0))
     assert isinstance(result.second, dict)  # these are being collected, not read
-    if place in result.second:
-        result.second[place].addmm_(x.T, x)
+    if place in result.second and x.device.type == "cpu":
+        result.second[place].addmm_(x.T, x)  # without a second square of memory
     else:
-        result.second[place] = x.T @ x
+        _add(result.second, place, x.T @ x)
 
 
 class UnitImportance(tp.importance.Importance):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from koff_prune.device import device_of
 from koff_prune.plan import Kept
 from koff_prune.units import decoder_layers
 
@@ -78,13 +79,13 @@ def activity(
 
     def counts(i: int, act: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            fired[domain, i] += (act(output[0]) > 0).float().sum(0)
+            fired[domain, i] += (act(output[0]) > 0).float().sum(0).cpu()
 
         return hook
 
     def sizes(i: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            strength[i] += args[0][0].float().abs().sum(0) / tokens
+            strength[i] += (args[0][0].float().abs().sum(0) / tokens).cpu()
 
         return hook
 
@@ -97,7 +98,7 @@ def activity(
         for domain, rows in enumerate(windows.values()):  # noqa: B007 - the hooks read it
             tokens = rows.numel()
             for row in rows:
-                model.model(input_ids=row[None], use_cache=False)
+                model.model(input_ids=row[None].to(device_of(model)), use_cache=False)
                 if progress:
                     progress(len(row))
             fired[domain] /= tokens

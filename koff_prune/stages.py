@@ -19,9 +19,10 @@ from koff_prune.arms import Arm
 from koff_prune.chat import tokens
 from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, cut_on_disk, load_backbone, save_backbone, slice_memory
+from koff_prune.device import on_device
 from koff_prune.evaluate import window_losses
 from koff_prune.gates import RE_ESTIMATED, Gates
-from koff_prune.learn import Phase, steps_of, train, whole_checkpoints
+from koff_prune.learn import Phase, spends, steps_of, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
@@ -81,7 +82,7 @@ def better_ranking(run: Run, method: str, compensate: str) -> str:
                 for ranking in ("global", "per_layer"):
                     arm = Arm(method, ranking, compensate=compensate)
                     model = _cut_model(run, arm, plan_arm(run, arm, run.folder / "rows" / arm.slug))
-                    bare = Memories(model, Memory(lora=None, kv=None), {}, 0)
+                    bare = Memories(on_device(model), Memory(lora=None, kv=None), {}, 0)
                     losses[ranking] = sum(
                         sum(window_losses(bare, b.scoring, None, progress)) for b in run.domains.values()
                     )
@@ -99,7 +100,7 @@ def memories_around(run: Run, model: Any, arm: Arm, kind: MemoryKind) -> Memorie
         name: b.prefill[:count] if count <= len(b.prefill) else tokens(b.train).reshape(-1)[:count]
         for name, b in run.domains.items()
     }
-    return Memories(model, memory, prefills, run.recipe.seed)
+    return Memories(on_device(model), memory, prefills, run.recipe.seed)
 
 
 def train_windows(run: Run, skip_tokens: int = 0) -> dict[str, torch.Tensor]:
@@ -164,8 +165,8 @@ def _start(run: Run, gates: GatesSection) -> tuple[Scores | None, float | None, 
         return baseline_scores(run, gates.start), None, None
 
     def costs(method: str) -> Scores:
-        model, structure, ridge = run.dense.model, run.recipe.structure, run.recipe.cut.ridge
-        return removal_costs(method, model, run.units, structure, run.statistics, ridge)
+        structure, ridge, statistics = run.recipe.structure, run.recipe.cut.ridge, run.statistics
+        return removal_costs(method, run.dense.model, run.units, structure, statistics, ridge)
 
     start = costs(gates.start)
     if gates.form != RE_ESTIMATED or gates.learning_rate == 0:
@@ -248,8 +249,12 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
         if keep_backbone and plan is not None and not backbone.exists():
             with staged_dir(backbone) as aside:
                 _write_backbone(run, arm, plan, aside)
-    model = load_backbone(backbone) if keep_backbone else _cut_model(run, arm, plan)
-    memories = memories_around(run, model, arm, arm.trained_with)
+
+    def untrained() -> Memories:
+        model = load_backbone(backbone) if keep_backbone else _cut_model(run, arm, plan)
+        return memories_around(run, model, arm, arm.trained_with)
+
+    memories = untrained()
     if arm.trained_with == "none":
         return memories
     done = folder / "memories"
@@ -268,6 +273,8 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
                 with staged_dir(done) as aside:
                     for name in memories.domains:
                         save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
+        if spends(learn):
+            memories = untrained()  # around the model as it was
     if not ranks.rank():
         _drop_checkpoints(folder)  # also after a kill between the memories and this line
     for name in memories.domains:

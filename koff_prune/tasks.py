@@ -21,6 +21,7 @@ import torch
 from koff_export.errors import KoffError
 from koff_export.files import write_json, write_text
 from koff_prune.chat import tokens
+from koff_prune.device import on_device
 from koff_prune.evaluate import window_losses
 from koff_prune.memory import Memories
 from koff_prune.packages import fetch_files
@@ -90,7 +91,7 @@ def run_tasks(
         if name != NONE and name not in memories.domains:
             raise KoffError(f"--memory: the run has no memory {name!r}; it has {', '.join(memories.domains)}")
     items = {name: _items(run, name, limit) for name in names}
-    dense = Memories(run.fresh(), Memory(lora=None, kv=None), {}, 0)
+    dense = Memories(on_device(run.fresh()), Memory(lora=None, kv=None), {}, 0)
     arms: list[tuple[str, Memories, str | None]] = [("dense", dense, None)]
     arms += [(f"slim, memory {m}", memories, None if m == NONE else m) for m in asked]
     general = _general_windows(run, limit)
@@ -245,12 +246,13 @@ def make_lm(model: Memories, tokenizer: Any, bos: int | None, label: str) -> Any
             width = max(len(a) + len(b) for a, b in rows)
             # what stands right of a text is not seen by it: attention is causal
             ids = torch.tensor([(a + b) + [0] * (width - len(a) - len(b)) for a, b in rows])
+            ids = ids.to(model.device)
             with model.autocast():
                 logits = model.base(input_ids=ids, use_cache=False).logits
             result = []
             for row, (a, b) in zip(logits, rows, strict=True):
                 scores = row[len(a) - 1 : len(a) + len(b) - 1].float().log_softmax(-1)
-                target = torch.tensor(b)
+                target = torch.tensor(b, device=scores.device)
                 chosen = scores.gather(1, target[:, None]).sum()
                 result.append((float(chosen), bool((scores.argmax(-1) == target).all())))
             return result

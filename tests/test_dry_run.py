@@ -54,9 +54,13 @@ def test_dry_run_tells_what_devices_hold(recipe: Path, capsys: pytest.CaptureFix
         whole = re.search(rf"([\d.]+) GiB on each of {devices}", answer.out)
         rate = re.search(rf"{devices} x 50 TFLOP/s / that = ([\d,]+) tokens/s", answer.out)
         assert whole and rate
-        host = sizes.pop("on the host's disk")
+        host, scoring = (
+            sizes.pop("on the host's disk"),
+            sizes.pop("on the first while scoring and evaluating"),
+        )
+        assert scoring == sizes["dense model"]
         assert sum(sizes.values()) == pytest.approx(float(whole[1]), abs=0.05) and host > 0
-        assert "sharding it" in answer.out and "unproven" in answer.out and "do not divide" not in answer.out
+        assert "unproven" in answer.out and "do not divide" not in answer.out
         found[devices] = (sizes, int(rate[1].replace(",", "")))
     parameters = re.search(r"dense model +([\d,]+) parameters", answer.out)
     assert parameters is not None
@@ -68,6 +72,11 @@ def test_dry_run_tells_what_devices_hold(recipe: Path, capsys: pytest.CaptureFix
         k: v for k, v in eight.items() if k != "activations"
     }
     assert found[8][1] == pytest.approx(8 * found[1][1], rel=1e-3)
+    answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", 8, "--shard")
+    shared = float(re.findall(r"([\d.]+) GiB dense model:", answer.out)[0])
+    assert weights / 8 < shared < weights / 2
+    packed = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", 1, "--set", "learn.base=nf4")
+    assert float(re.findall(r"([\d.]+) GiB dense model:", packed.out)[0]) < weights / 2
     answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", 3)
     assert "do not divide over 3" in answer.out
 

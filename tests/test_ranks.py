@@ -21,11 +21,14 @@ from koff_prune.reading import load_recipe
 
 # What every process does: the command, its gradients written down as they are after the first step's sharing.
 SCRIPT = """
+import json
 import os
 import sys
 from pathlib import Path
 import torch
-from koff_prune import learn, ranks
+from torch.distributed.tensor import DTensor
+import koff_prune.learn
+from koff_prune import ranks
 from koff_prune.cli import main
 
 seen, dies_at = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
@@ -42,6 +45,17 @@ def noting(tensors):
         torch.save([t.clone() for t in tensors], path)
 
 ranks.share_mean = noting
+learn = sys.modules["koff_prune.learn"]  # the package has a function of that name
+share_out = learn.shard
+
+def weighing(model):
+    whole = sum(p.numel() for p in model.model.layers.parameters() if not p.requires_grad)
+    share_out(model)
+    parts = [p.to_local() for p in model.model.layers.parameters() if isinstance(p, DTensor)]
+    path = seen / f"held-{ranks.rank()}.json"
+    path.write_text(json.dumps({"whole": whole, "here": sum(p.numel() for p in parts)}))
+
+learn.shard = weighing
 main()
 """
 
@@ -98,6 +112,38 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     for a, b in zip(*rows, strict=True):
         assert a["perplexity"]["gmean"] == pytest.approx(b["perplexity"]["gmean"], rel=1e-3)
     assert done.stdout.count("bundle:") == 1 and (tmp_path / "run-2" / "bundle" / "koff.json").exists()
+
+
+@pytest.mark.timeout(400)
+def test_two_processes_share_out_the_frozen_model(tmp_path: Path) -> None:
+    """Each holds half of every layer while training, and plan and memories are what they are without."""
+    recipe = recipe_of(
+        tmp_path,
+        learn={"batch": 2, "non_finite": "skip", "gradient_checkpointing": True, "loss": {"kl": 1.0}},
+        compare=[{"method": "dense", "trained_with": "same"}],
+    )
+    for name, more in (("whole", []), ("shared", ["--shard"])):
+        done = launch(tmp_path, 2, "apply", recipe, "--out", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    held = [read_json(path) for path in sorted((tmp_path / "seen-2").glob("held-*.json"))]
+    assert len(held) == 2 and all(0.5 <= h["here"] / h["whole"] < 0.51 for h in held), held
+    plans = [read_json(tmp_path / name / "plan.json")["digest"] for name in ("whole", "shared")]
+    assert plans[0] == plans[1]
+    for name in ("law", "code"):
+        for file in ("adapter_model.safetensors", "kv.safetensors"):
+            whole, shared = (
+                load_file(tmp_path / run / "memories" / name / file) for run in ("whole", "shared")
+            )
+            for key, tensor in whole.items():
+                assert torch.allclose(tensor, shared[key], atol=1e-5), (name, key)
+    rows = [read_json(tmp_path / name / "report.json")["rows"] for name in ("whole", "shared")]
+    for a, b in zip(*rows, strict=True):
+        assert a["perplexity"]["gmean"] == pytest.approx(b["perplexity"]["gmean"], rel=1e-4)
+
+
+def test_one_process_has_nobody_to_share_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = koff_prune(capsys, "plan", recipe_of(tmp_path), "--out", tmp_path / "run", "--shard")
+    assert answer.code == 2 and "--shard: there is one process" in answer.err
 
 
 @pytest.mark.timeout(300)
