@@ -64,11 +64,6 @@ class Compensation:
     ridge: float
     units: Units
 
-    def solve(self, kept: Kept) -> dict[Place, Solved]:
-        """What was solved for every place that loses something."""
-        found = {place: self.solve_at(place, kept) for place in self.second}
-        return {place: solved for place, solved in found.items() if solved is not None}
-
     def solve_at(self, place: Place, kept: Kept) -> Solved | None:
         """Kept channels, dropped channels, B [dropped, kept] of one place; None where nothing is lost."""
         i, kind = place
@@ -103,6 +98,7 @@ class PredictionHooks:
     def __init__(self, model: nn.Module, compensation: Compensation) -> None:
         self.compensation = compensation
         self._tables: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._solved: dict[Place, list[int]] = {}  # the kept units that each table is for
         self.z: Mapping[Place, torch.Tensor] = {}
         self._handles = []
         for i, layer in enumerate(decoder_layers(model)):
@@ -112,15 +108,21 @@ class PredictionHooks:
                 self._handles.append(base.register_forward_pre_hook(self._hook((i, kind))))
 
     def refresh(self, kept: Kept, like: torch.Tensor) -> None:
-        """Solves for the units that `kept` leaves out, for inputs of the dtype and on the device of `like`.
+        """Solves where `kept` changed, for inputs of the dtype and on the device of `like`.
 
         B is spread over all channels, zero at closed ones.
         """
-        self._tables = {}
-        for place, (keep, drop, b) in self.compensation.solve(kept).items():
-            wide = b.new_zeros(len(drop), len(keep) + len(drop))
-            wide[:, keep] = b
-            self._tables[place] = (wide.to(like), drop.to(like.device))
+        for place in self.compensation.second:
+            stays = kept[place[0]][place[1]]
+            if self._solved.get(place) == stays:
+                continue
+            self._solved[place] = stays
+            self._tables.pop(place, None)
+            if (solved := self.compensation.solve_at(place, kept)) is not None:
+                keep, drop, b = solved
+                wide = b.new_zeros(len(drop), len(keep) + len(drop))
+                wide[:, keep] = b
+                self._tables[place] = (wide.to(like), drop.to(like.device))
 
     def _hook(self, place: Place) -> Any:
         def fill(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:

@@ -301,7 +301,8 @@ class _Gate(torch.autograd.Function):
         """Gradients of x and z."""
         x, z = ctx.saved_tensors
         parts = (grads[0] * x).reshape(-1, len(z)).float()
-        ctx.into += parts.view(len(parts), len(ctx.into), -1).sum(2).square().sum(0)
+        by_unit = parts if len(z) == len(ctx.into) else parts.view(len(parts), len(ctx.into), -1).sum(2)
+        ctx.into += by_unit.square().sum(0)
         return grads[0] * z.to(x.dtype), parts.sum(0), None
 
 

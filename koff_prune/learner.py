@@ -49,7 +49,6 @@ class Learner(nn.Module):
         self.predictions = None
         if gates is not None and compensation is not None and gates.form != "hard_concrete":
             self.predictions = PredictionHooks(memories.model, compensation)
-        self._closed: Any = None
         self.step = 0
         self.skips = learn.non_finite == "skip"
         self.skipped, self.last_skipped = 0, -2  # in a row, and the step of the last
@@ -61,10 +60,7 @@ class Learner(nn.Module):
             return
         self.gates.advance(step, target)
         if self.predictions is not None:
-            kept = self.gates.kept_now()
-            if kept != self._closed:
-                self._closed = kept
-                self.predictions.refresh(kept, next(self.memories.base.parameters()))
+            self.predictions.refresh(self.gates.kept_now(), next(self.memories.base.parameters()))
 
     def forward(self, input_ids: torch.Tensor, domain: torch.Tensor) -> torch.Tensor:
         """Loss in nats per token of windows int64 [batch, window] of one domain.

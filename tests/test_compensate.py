@@ -80,7 +80,9 @@ def test_the_solve_covers_exactly_the_places_that_lose_something() -> None:
     units = read_units(model)
     plan = random_plan(units)
     second = collect(model, units, KINDS, token_ids(2, 16)).second
-    solved = Compensation(second, 0.01, units).solve(plan.layers)
+    compensation = Compensation(second, 0.01, units)
+    solved = {place: compensation.solve_at(place, plan.layers) for place in second}
+    solved = {place: found for place, found in solved.items() if found is not None}
     lost = {(i, k) for i in range(3) for k in KINDS if removed(units, i, k, plan.layers[i][k])}
     assert set(solved) == lost and len(lost) >= 4
     for (i, kind), (keep, drop, b) in solved.items():

@@ -47,7 +47,7 @@ def masked_logits(
     hooks.set(gates, gates.mask(plan.layers).float())
     predictions = PredictionHooks(memories.model, compensation) if compensation else None
     if predictions:
-        predictions.refresh(plan.layers, torch.float32)
+        predictions.refresh(plan.layers, torch.zeros(()))
         predictions.z = hooks.z
     found = {domain: logits(memories, ids, domain) for domain in (None, *memories.domains)}
     hooks.remove()
