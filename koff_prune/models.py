@@ -287,7 +287,9 @@ def _load(auto: Any, source: str, section: ModelSection, **options: Any) -> Any:
 def _told(section: ModelSection, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (KoffError, MemoryError):
+        raise
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise KoffError(
             f"model.source '{_name(section)}': the {what} cannot be loaded ({lines[0][:300]}); "

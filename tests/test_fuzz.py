@@ -18,6 +18,7 @@ import pytest
 import torch
 from model_helpers import tiny_config
 from run_helpers import recipe_of
+from text_helpers import merging_tokenizer
 
 import koff_prune as package
 from koff_export.bundle import check_files, open_manifest
@@ -26,8 +27,10 @@ from koff_export.runtime import Runtime
 from koff_prune.bundle_memories import pack_memory, unpack_memory
 from koff_prune.cut import load_backbone
 from koff_prune.memory import KvMemory, load_memory, memory_of_folder
+from koff_prune.models import open_dense
 from koff_prune.plan import Plan
 from koff_prune.reading import load_recipe
+from koff_prune.recipe import ModelSection
 
 CASES = int(os.environ.get("KOFF_FUZZ", "40"))
 ODD = (
@@ -162,3 +165,28 @@ def test_packed_memories(place: Path, tmp_path: Path) -> None:
     manifest["plan"] = "0" * 64  # nothing is taken in, so that every case begins alike
     (bundle / "koff.json").write_text(json.dumps(manifest))
     assert fuzz(file, lambda: unpack_memory(file, bundle), "packed", tmp_path) == 0
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF model with its tokenizer, alone in a folder."""
+    folder = tmp_path_factory.mktemp("gguf")
+    config = tiny_config(num_hidden_layers=2, vocab_size=259)
+    recipe = recipe_of(
+        folder, config, structure={"widths": "uniform"}, export={"formats": ["safetensors", "gguf"]}
+    )
+    merging_tokenizer().save_pretrained(folder / "model")  # transformers reads no GGUF without merges
+    package.apply(recipe, folder / "run")
+    (folder / "alone").mkdir()
+    return Path(shutil.copy(folder / "run" / "bundle" / "gguf" / "model.gguf", folder / "alone"))
+
+
+def test_gguf_models(gguf: Path, tmp_path: Path) -> None:
+    """Headers, metadata and tensor tables; weights are behind them. What is readable is converted."""
+
+    def read() -> None:
+        section = ModelSection(source=str(gguf), dtype="float32")
+        assert open_dense(section, cache=tmp_path).model.num_parameters() < 10**8
+
+    read()
+    assert fuzz(gguf, read, "gguf", gguf.parent, head=6000) < CASES

@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_helpers import logits, memories_on, random_plan, tiny_config, tiny_model, token_ids
 from run_helpers import koff_prune, recipe_of
-from text_helpers import tiny_tokenizer
+from text_helpers import merging_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -37,16 +37,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}, "uniform", "qwen2"),
     "qwen3": ("qwen3", {}, "uniform", "qwen3"),
 }  # fmt: skip
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with one merge, which llama.cpp insists on."""
-    made = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
-    made["model"]["merges"] = [["a", "b"]]
-    made["model"]["vocab"]["ab"] = 258
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(made)), bos_token="<bos>", eos_token="<eos>"
-    )
 
 
 def llama_cpp(path: Path, lora: Path | None, ids: list[int]) -> dict[int, float]:
@@ -88,7 +78,7 @@ def test_llama_cpp_says_what_torch_says(case: str, tmp_path: Path) -> None:
     assert (expected[None] - expected["law"]).abs().max() > 0.1
     slots = lora_slots(memories.tensors("law")["lora"])
     model = memories.unwrap()
-    assert export_gguf(model, tokenizer(), tmp_path / "model.gguf", "f32") == wanted
+    assert export_gguf(model, merging_tokenizer(), tmp_path / "model.gguf", "f32") == wanted
     export_gguf_lora(model, wanted, slots, 6, tmp_path / "law.gguf")
     for lora, reference in ((None, expected[None]), (tmp_path / "law.gguf", expected["law"])):
         found = llama_cpp(tmp_path / "model.gguf", lora, ids[0].tolist())
@@ -118,7 +108,7 @@ def test_an_architecture_of_no_ones_is_told(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_told(tmp_path: Path) -> None:
-    odd = tokenizer()
+    odd = merging_tokenizer()
     made = json.loads(odd.backend_tokenizer.to_str())
     made["pre_tokenizer"] = {"type": "Whitespace"}
     odd = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(made)))
@@ -133,13 +123,13 @@ def test_a_bundle_opens_in_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixtu
         tiny_config(num_hidden_layers=2, vocab_size=259, head_dim=16, hidden_size=64),
         export={"formats": ["safetensors", "gguf"], "gguf": {"type": "q8_0"}},
     )
-    tokenizer().save_pretrained(tmp_path / "model")
+    merging_tokenizer().save_pretrained(tmp_path / "model")
     answer = koff_prune(capsys, "export", recipe, "--out", tmp_path / "run")
     assert answer.code == 0 and "no learned KV: there, law, code are their LoRA alone" in answer.err
     bundle = tmp_path / "run" / "bundle"
     manifest = open_manifest(bundle)
     assert manifest.gguf is not None and manifest.gguf.architecture == "deci"
-    ids = tokenizer()("the court shall hear")["input_ids"]
+    ids = merging_tokenizer()("the court shall hear")["input_ids"]
     bare = llama_cpp(bundle / manifest.gguf.model, None, ids)
     with torch.no_grad():
         expected = load_bundle(bundle)(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)

@@ -26,6 +26,16 @@ def tiny_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with one merge, which llama.cpp insists on."""
+    made = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    made["model"]["merges"] = [["a", "b"]]
+    made["model"]["vocab"]["ab"] = 258
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)), bos_token="<bos>", eos_token="<eos>"
+    )
+
+
 def save_tiny_model(folder: Path, config: PretrainedConfig, **options: Any) -> Path:
     """A random model of `config` and a tokenizer, as a Hugging Face folder."""
     torch.manual_seed(0)
