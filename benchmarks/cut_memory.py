@@ -1,13 +1,13 @@
 """Peak memory and time of plan, cut and export of a model that is larger than what may be in memory.
 
-    python benchmarks/cut_memory.py [--config recipes/llama-3.2-3b/config.json] [--work FOLDER]
+    python benchmarks/cut_memory.py [--config recipes/llama-3.2-3b/config.json] [--exact] [--work FOLDER]
                                     [--out benchmarks/cut_memory.json]
 
 Writes a random bfloat16 model of that shape, a tensor at a time, and runs the stages of `koff-prune` on it,
 each in a process of its own: magnitude's plan at 12%, the cut (exact, and compensated under random second
-moments), the export of the bundle. Memory is given as a ratio to the weights' bytes, time as one to that of
-copying the same files. `anonymous` is memory that the system cannot take back; `resident` counts the mapped
-pages of files too, which it can.
+moments), the export of the bundle, its verification. Memory is given as a ratio to the weights' bytes, time
+as one to that of copying the same files. `anonymous` is memory that the system cannot take back; `resident`
+counts the mapped pages of files too, which it can.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from koff_export.files import fsync_path
 from koff_prune import api
+from koff_prune.architecture import units_of_config
+from koff_prune.bundling import verify
 from koff_prune.reading import load_recipe
 from koff_prune.run import versions
-from koff_prune.units import units_of_config
 from koff_prune.weights import Weights, write_weights
 
 WORDS = ["a", "model", "of", "many", "words", "that", "says", "nothing", "at", "all"]
@@ -94,7 +95,7 @@ def write_model(config_file: Path, folder: Path) -> None:
 
 def write_moments(folder: Path, config_file: Path) -> None:
     """statistics.safetensors as a run leaves it, of the second moments alone; every layer has the same."""
-    units = units_of_config(AutoConfig.from_pretrained(config_file))
+    units = units_of_config(AutoConfig.from_pretrained(config_file).to_dict())
     width = units.layers[0].ffn_neurons
     x = torch.randn(1024, width, generator=torch.Generator().manual_seed(1))
     second, count = x.T @ x, torch.ones((), dtype=torch.float32)
@@ -149,6 +150,9 @@ def main() -> None:
     """Makes the model, runs every stage, writes the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("recipes/llama-3.2-3b/config.json"))
+    parser.add_argument(
+        "--exact", action="store_true", help="without the compensated cut and its second moments"
+    )
     parser.add_argument("--work", type=Path, help="an empty or new folder with about 25 GB free")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/cut_memory.json"))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -157,7 +161,13 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.stage:
         checked = load_recipe(asked.recipe)
-        print(json.dumps(measured(lambda: getattr(api, asked.stage)(checked, asked.run, resume=True))))
+
+        def work() -> Any:
+            if asked.stage == "verify":
+                return verify(asked.run / "bundle")
+            return getattr(api, asked.stage)(checked, asked.run, resume=True)
+
+        print(json.dumps(measured(work)))
         return
     config_file = asked.config.resolve()
     with tempfile.TemporaryDirectory(dir=asked.work) as place:
@@ -167,7 +177,7 @@ def main() -> None:
         total = sum(file.stat().st_size for file in weights.files)
         copies = [copying(folder / "model", folder / "copy")]
         results: dict[str, Any] = {}
-        for compensate in ("none", "least_squares"):
+        for compensate in ("none",) if asked.exact else ("none", "least_squares"):
             path, out = recipe(folder, compensate), folder / f"run-{compensate}"
             results[f"plan, {compensate}"] = stage("plan", path, out)
             if compensate == "least_squares":
@@ -176,6 +186,7 @@ def main() -> None:
             copies.append(copying(folder / "model", folder / "copy"))
             if compensate == "none":
                 results["export"] = stage("export", path, out)
+                results["verify"] = stage("verify", path, out)
             shutil.rmtree(out)
         copied = sum(copies) / len(copies)
         told = {
@@ -190,7 +201,7 @@ def main() -> None:
             for name, found in results.items()
         }
     result = {
-        "command": "python benchmarks/cut_memory.py",
+        "command": " ".join(["python", "benchmarks/cut_memory.py", *sys.argv[1:]]),
         "config": str(asked.config),
         "weights_gb": round(total / 1e9, 2),
         "copying_seconds": [round(c, 1) for c in copies],

@@ -66,12 +66,10 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
     recipe = run.recipe
     losses = losses_of(run, arm, folder, attached, main=folder == run.folder)
     plan = None if arm.method == "dense" else plan_arm(run, arm, folder)
-    step_tokens = recipe.learn.window * recipe.learn.batch * len(run.domains)
-    learned = steps_of(recipe.learn.tokens, recipe.learn, len(run.domains)) * step_tokens
-    settled = steps_of(recipe.learn.settle_tokens, recipe.learn, len(run.domains)) * step_tokens
-    alone = (
-        steps_of(recipe.learn.tokens + recipe.learn.settle_tokens, recipe.learn, len(run.domains))
-        * step_tokens
+    learn, batches = recipe.learn, recipe.step_batches
+    learned, settled, alone = (
+        steps_of(tokens, learn, batches) * learn.window * learn.batch * batches
+        for tokens in (learn.tokens, learn.settle_tokens, learn.tokens + learn.settle_tokens)
     )
     joint = arm.method == "koff" and arm.learned_with == arm.trained_with
     size = 0

@@ -117,7 +117,8 @@ def load_domain(
     sides = split_documents(name, domain, seed=recipe.seed, cache=cache)
     learn, scoring, evaluate = recipe.learn, recipe.scoring, recipe.evaluate
     lead = 0 if bos is None else 1
-    budget = math.ceil((learn.tokens + learn.settle_tokens) / len(recipe.domains)) + scoring.tokens
+    mine = (learn.tokens + learn.settle_tokens) * domain.weight
+    budget = math.ceil(mine / recipe.step_batches) + scoring.tokens
     train_windows = math.ceil(budget / learn.window)
     scoring_windows = max(1, scoring.tokens // scoring.window)
     heldout_windows = max(1, evaluate.tokens // evaluate.window)

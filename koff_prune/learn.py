@@ -1,6 +1,6 @@
 """The joint training of gates and memories, and the training of memories alone, on transformers' Trainer.
 
-One optimizer step is one micro-batch of every domain under one mask: gradient accumulation runs over the
+One optimizer step is micro-batches of every domain under one mask: gradient accumulation runs over the
 domains. The base stays frozen; the dense teacher is the same weights with gates and memories off.
 """
 
@@ -202,9 +202,9 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def steps_of(tokens: int, learn: Learn, domains: int) -> int:
-    """Optimizer steps that `tokens` over all domains make, rounded to the nearest."""
-    return round(tokens / (learn.window * learn.batch * domains))
+def steps_of(tokens: int, learn: Learn, batches: int) -> int:
+    """Optimizer steps of so many micro-batches that `tokens` over all domains make, to the nearest."""
+    return round(tokens / (learn.window * learn.batch * batches))
 
 
 def spends(learn: Learn) -> bool:
@@ -224,6 +224,7 @@ def train(
     sparsity: float = 0.0,
     seed: int = 0,
     report: Any = None,
+    weights: Mapping[str, int] | None = None,
 ) -> int:
     """Trains memories, and gates where given, and resumes from the last whole checkpoint in `folder`.
 
@@ -238,6 +239,7 @@ def train(
         compensation: See `Learner`.
         sparsity: The target that the gates end at.
         seed: Order of the windows and draws.
+        weights: Micro-batches of each domain in an optimizer step; None: one of each.
         report: Called as report(step, loss, expected sparsity or None) after every optimizer step.
 
     Returns:
@@ -248,7 +250,9 @@ def train(
             processes.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and saved first.
     """
-    steps = steps_of(phase.tokens, learn, len(windows))
+    weights = weights or dict.fromkeys(windows, 1)
+    batches = sum(weights.values())
+    steps = steps_of(phase.tokens, learn, batches)
     if steps == 0:
         return 0
     if learn.batch % ranks.world():
@@ -260,7 +264,7 @@ def train(
     if learn.base == "nf4":
         quantise(memories.base)
     hooks = GateHooks(memories.model, gates.units) if gates is not None else None
-    step_tokens = learn.window * learn.batch * len(windows)
+    step_tokens = learn.window * learn.batch * batches
     interruption = Interruption()
     learner = Learner(memories, gates, compensation, learn, hooks)
     if ranks.sharded():
@@ -271,7 +275,7 @@ def train(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=learn.batch // ranks.world(),
-        gradient_accumulation_steps=len(windows),
+        gradient_accumulation_steps=batches,
         use_cpu=True,  # to Trainer: where the model is, is `device`'s matter, and the loss comes back
         seed=seed,
         save_strategy="steps",
@@ -293,7 +297,9 @@ def train(
         learn,
         phase,
         args=arguments,
-        train_dataset=DomainWindows(windows, steps, learn.batch, seed, (ranks.rank(), ranks.world())),
+        train_dataset=DomainWindows(
+            windows, steps, learn.batch, seed, (ranks.rank(), ranks.world()), weights
+        ),
         data_collator=_stack,
         callbacks=[_StepCallback(learner, sparsity, ramp, step_tokens, interruption, report)],
     )

@@ -161,6 +161,9 @@ class Domain(Section):
         Discriminator(form),
     ] = Field(description="A path, a mapping of source keys, or a list of them.")
     split: Split = Split()
+    weight: Int = Field(
+        default=1, ge=1, le=64, description="Its share of every optimizer step, beside the other domains'."
+    )
 
     @property
     def sources(self) -> list[TextSource]:
@@ -345,6 +348,11 @@ class Recipe(Section):
             if other != name:  # each domain is a folder, and many disks do not tell case apart
                 raise ValueError(f"domains {other} and {name} differ only in case; rename one")
         return self
+
+    @property
+    def step_batches(self) -> int:
+        """Micro-batches of one optimizer step, all domains together."""
+        return sum(domain.weight for domain in self.domains.values())
 
     def digest(self) -> str:
         """sha256 over what decides the result; not over `compare`, `export` and `model.config`."""

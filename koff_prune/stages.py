@@ -106,8 +106,11 @@ def memories_around(run: Run, model: Any, arm: Arm, kind: MemoryKind) -> Memorie
 def train_windows(run: Run, skip_tokens: int = 0) -> dict[str, torch.Tensor]:
     """Training windows per domain, beginning after those that `skip_tokens` (over all domains) have used."""
     learn = run.recipe.learn
-    skip = steps_of(skip_tokens, learn, len(run.domains)) * learn.batch
-    return {name: b.train.roll(-(skip % len(b.train)), 0) for name, b in run.domains.items()}
+    steps, given = steps_of(skip_tokens, learn, run.recipe.step_batches), run.recipe.domains
+    return {
+        name: b.train.roll(-(steps * learn.batch * given[name].weight % len(b.train)), 0)
+        for name, b in run.domains.items()
+    }
 
 
 def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
@@ -128,7 +131,7 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
     )
     kind = arm.learned_with or "none"
     memories = None
-    if kind != "none" or steps_of(learn.tokens, learn, len(run.domains)):  # else nobody needs the model
+    if kind != "none" or steps_of(learn.tokens, learn, recipe.step_batches):  # else nobody needs the model
         memories = memories_around(run, run.fresh(), arm, kind)
         train_logged(
             run, memories, train_windows(run), learn, Phase(learn.tokens, 0.0, _joint_share(learn)), folder,
@@ -301,8 +304,9 @@ def train_logged(
 ) -> list[dict[str, Any]]:
     """`learn.train` with a progress bar, a log (log.json in the arm's folder) and its seconds."""
     place = folder / "checkpoints" / label.replace(" ", "-")
-    steps = steps_of(phase.tokens, learn, len(windows))
-    step_tokens = learn.window * learn.batch * len(windows)
+    batches = run.recipe.step_batches
+    steps = steps_of(phase.tokens, learn, batches)
+    step_tokens = learn.window * learn.batch * batches
     log_path = place / "log.json"
     log: list[dict[str, Any]] = read_json(log_path) if log_path.exists() else []
     done = whole_checkpoints(place)
@@ -323,7 +327,7 @@ def train_logged(
 
         train(
             memories, windows, learn, phase, place, sparsity=structure.sparsity, seed=run.recipe.seed,
-            report=report, **options,
+            report=report, weights={n: d.weight for n, d in run.recipe.domains.items()}, **options,
         )  # fmt: skip
     return log
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 
 class DomainWindows(Dataset):
-    """Micro-batches in the order of training: item n is a window of domain n % domains.
+    """Micro-batches in the order of training: a step has `weights` of each domain (one, where unsaid).
 
     Every domain's windows are shuffled anew for every pass, from the seed alone, so that a resumed run sees
     the same. Of several processes, `share` = (rank, world), each sees its part of every micro-batch.
@@ -22,12 +22,17 @@ class DomainWindows(Dataset):
         batch: int,
         seed: int,
         share: tuple[int, int] = (0, 1),
+        weights: Mapping[str, int] | None = None,
     ) -> None:
         self.windows, self.batch, self.seed = dict(windows), batch, seed
         self.names = list(windows)
+        weights = weights or dict.fromkeys(self.names, 1)
+        # of every micro-batch in a step: its domain, and how many of that domain come before
+        self.turns = [(d, k) for d, name in enumerate(self.names) for k in range(weights[name])]
+        self.weights = weights
         self.rank, world = share
         self.mine = batch // world  # rows of every micro-batch
-        self.length = steps * self.mine * len(self.names)
+        self.length = steps * self.mine * len(self.turns)
         self._orders: dict[tuple[str, int], torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -37,9 +42,11 @@ class DomainWindows(Dataset):
         # a micro-batch is `batch` neighbours, all of one domain; of these, a run of `mine`
         micro, row = divmod(index, self.mine)
         row += self.rank * self.mine
-        step, domain = divmod(micro, len(self.names))
+        step, turn = divmod(micro, len(self.turns))
+        domain, before = self.turns[turn]
         name = self.names[domain]
-        passed, at = divmod(step * self.batch + row, len(self.windows[name]))
+        seen = (step * self.weights[name] + before) * self.batch
+        passed, at = divmod(seen + row, len(self.windows[name]))
         if (name, passed) not in self._orders:
             generator = torch.Generator().manual_seed(self.seed * 9176 + passed * 131 + domain)
             self._orders[(name, passed)] = torch.randperm(len(self.windows[name]), generator=generator)

@@ -325,6 +325,24 @@ def test_windows_are_shuffled_passes_over_every_domain() -> None:
     assert all(torch.equal(again[n]["input_ids"], order[n]["input_ids"]) for n in (17, 3, 30))
 
 
+def test_a_heavier_domain_has_more_of_every_step() -> None:
+    """Two processes see between them what one sees, and no window comes again before all have come."""
+    weights = {"law": 3, "law2": 1, "v1.5": 1}
+    whole = DomainWindows(WINDOWS, 4, BATCH, 0, weights=weights)
+    shares = [DomainWindows(WINDOWS, 4, BATCH, 0, (rank, 2), weights) for rank in (0, 1)]
+    assert len(whole) == 4 * 5 * BATCH
+    domains = [int(whole[n * BATCH]["domain"]) for n in range(10)]
+    assert domains == [0, 0, 0, 1, 2] * 2
+
+    def rows(orders: list[DomainWindows]) -> list[tuple[int, ...]]:
+        return sorted(tuple(order[n]["input_ids"].tolist()) for order in orders for n in range(len(order)))
+
+    assert rows([whole]) == rows(shares)
+    seen = [tuple(whole[n]["input_ids"].tolist()) for n in range(len(whole)) if not whole[n]["domain"]]
+    count = len(WINDOWS["law"])
+    assert len(seen) == 12 * BATCH and len(set(seen[:count])) == count
+
+
 def test_steps() -> None:
     learn = Learn(window=16, batch=2)
     assert steps_of(0, learn, 3) == 0 and steps_of(96, learn, 3) == 1 and steps_of(200, learn, 3) == 2

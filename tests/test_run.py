@@ -21,7 +21,7 @@ from koff_prune.learn import LearnTrainer, whole_checkpoints
 from koff_prune.memory import load_memory
 from koff_prune.plan import Plan
 from koff_prune.reading import load_recipe
-from koff_prune.run import Run
+from koff_prune.run import Run, load_tensors
 
 # Runs koff-prune in a process of its own that kills itself at the named point.
 KILLED = """
@@ -321,3 +321,16 @@ def test_an_automatic_dtype_is_chosen_once(tmp_path: Path, monkeypatch: pytest.M
         assert run.recipe.model.dtype == "float32"
     with Run(recipe, tmp_path / "other", resume=False) as run:
         assert next(run.dense.model.parameters()).dtype == torch.bfloat16
+
+
+def test_a_heavier_domain_gets_more_text_and_the_report_counts_it(tmp_path: Path) -> None:
+    domains = {"law": {"source": "law", "weight": 2}, "code": {"source": "code"}}
+    learn = {"tokens": 480, "settle_tokens": 96}
+    report = made(recipe_of(tmp_path, domains=domains, learn=learn), tmp_path / "run")
+    step = 16 * 2 * 3
+    koff = next(row for row in report["rows"] if row["method"] == "koff")
+    assert (koff["tokens"]["learn"], koff["tokens"]["settle"]) == (5 * step, step)
+    blocks = {
+        n: len(load_tensors(tmp_path / "run" / "domains" / f"{n}.safetensors")["train"]) for n in domains
+    }
+    assert blocks["law"] > 1.5 * blocks["code"]
