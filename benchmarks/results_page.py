@@ -5,8 +5,8 @@ python benchmarks/results_page.py RUN docs/results/NAME "koff-prune compare RECI
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,12 @@ def page(report: dict[str, Any], command: str) -> str:
 
 def main() -> None:
     """Reads RUN/sweep.json or RUN/report.json, writes NAME.json and NAME.md."""
-    run, target, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a finished run's folder, or a sweep's")
+    parser.add_argument("target", type=Path, help="docs/results/NAME")
+    parser.add_argument("command", help="that made it")
+    asked = parser.parse_args()
+    run, target, command = asked.run, asked.target, asked.command
     if (run / "sweep.json").exists():
         report = json.loads((run / "sweep.json").read_text(encoding="utf-8"))
         text = f"# Sweep\n\n`{command}`. Generated from the JSON beside it.\n\n" + markdown(report)
