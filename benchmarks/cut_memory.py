@@ -1,7 +1,7 @@
 """Peak memory and time of plan, cut and export of a model that is larger than what may be in memory.
 
-    python benchmarks/cut_memory.py [--config recipes/llama-3.2-3b/config.json] [--exact] [--work FOLDER]
-                                    [--out benchmarks/cut_memory.json]
+    python benchmarks/cut_memory.py [--config recipes/llama-3.2-3b/config.json] [--exact] [--onnx]
+                                    [--work FOLDER] [--out benchmarks/cut_memory.json]
 
 Writes a random bfloat16 model of that shape, a tensor at a time, and runs the stages of `koff-prune` on it,
 each in a process of its own: magnitude's plan at 12%, the cut (exact, and compensated under random second
@@ -106,7 +106,7 @@ def write_moments(folder: Path, config_file: Path) -> None:
     (folder / "model.safetensors").rename(folder / "statistics.safetensors")
 
 
-def recipe(folder: Path, compensate: str) -> Path:
+def recipe(folder: Path, compensate: str, formats: str) -> Path:
     """Magnitude pruning of FFN neurons: no text is scored on, nothing is trained."""
     path = folder / f"{compensate}.yaml"
     path.write_text(
@@ -120,7 +120,7 @@ def recipe(folder: Path, compensate: str) -> Path:
         " gates: {form: straight_through, start: magnitude}}\n"
         "scoring: {tokens: 16, window: 16}\n"
         "evaluate: {tokens: 16, window: 16}\n"
-        "export: {formats: [safetensors]}\n"
+        f"export: {{formats: [{formats}]}}\n"
     )
     return path
 
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument(
         "--exact", action="store_true", help="without the compensated cut and its second moments"
     )
+    parser.add_argument("--onnx", action="store_true", help="export the graph too, in float32")
     parser.add_argument("--work", type=Path, help="an empty or new folder with about 25 GB free")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/cut_memory.json"))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -178,7 +179,8 @@ def main() -> None:
         copies = [copying(folder / "model", folder / "copy")]
         results: dict[str, Any] = {}
         for compensate in ("none",) if asked.exact else ("none", "least_squares"):
-            path, out = recipe(folder, compensate), folder / f"run-{compensate}"
+            formats = "safetensors, onnx" if asked.onnx else "safetensors"
+            path, out = recipe(folder, compensate, formats), folder / f"run-{compensate}"
             results[f"plan, {compensate}"] = stage("plan", path, out)
             if compensate == "least_squares":
                 write_moments(out, config_file)
@@ -186,6 +188,7 @@ def main() -> None:
             copies.append(copying(folder / "model", folder / "copy"))
             if compensate == "none":
                 results["export"] = stage("export", path, out)
+                largest = max(f.stat().st_size for f in (out / "bundle").rglob("*") if f.is_file())
                 results["verify"] = stage("verify", path, out)
             shutil.rmtree(out)
         copied = sum(copies) / len(copies)
@@ -204,6 +207,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/cut_memory.py", *sys.argv[1:]]),
         "config": str(asked.config),
         "weights_gb": round(total / 1e9, 2),
+        "largest_exported_file_gb": round(largest / 1e9, 2),
         "copying_seconds": [round(c, 1) for c in copies],
         "stages": told,
         "threads": torch.get_num_threads(),

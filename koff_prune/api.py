@@ -166,11 +166,12 @@ def tasks(
         return run_tasks(run, around, list(names) or list(TASKS), limit=limit, who=memories)
 
 
-def set_device(name: str | None) -> None:
-    """Where models compute: see `device.use`."""
+def set_device(name: str | None) -> str:
+    """Where models compute; see `device.use`. Returns what was chosen."""
     from koff_prune import device
 
     device.use(name)
+    return str(device.device())
 
 
 def set_threads(threads: int | None) -> None:

@@ -185,5 +185,9 @@ def native_dtype(asked: str = "auto") -> str:
         return asked
     import torch
 
+    from koff_prune.device import device
+
+    if device().type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     can = torch.cpu.get_capabilities()
     return "bfloat16" if any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"

@@ -54,9 +54,12 @@ class Machine:
     def take(self) -> None:
         """Sets torch up; of several processes, each takes its place."""
         from koff_prune import api
+        from koff_prune.progress import say
 
         api.set_threads(self.threads)
-        api.set_device(self.device)
+        place = api.set_device(self.device)
+        if place != "cpu":
+            say(f"computing on {place}")
 
 
 def _stage(
