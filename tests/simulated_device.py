@@ -82,6 +82,8 @@ def main() -> None:
     _setup_privateuseone_for_python_backend("sim", backend_module=_Module())
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: run(op, args, kwargs), "PrivateUse1")
+    # of its own thread for each device: there, wrappers now and then lost the numbers underneath
+    torch.autograd.set_multithreading_enabled(False)
     make = torch.tensor
 
     def tensor(data: Any, **kwargs: Any) -> torch.Tensor:
