@@ -82,7 +82,7 @@ def main() -> None:
     _setup_privateuseone_for_python_backend("sim", backend_module=_Module())
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: run(op, args, kwargs), "PrivateUse1")
-    # of its own thread for each device: there, wrappers now and then lost the numbers underneath
+    # one thread, so that nothing depends on how the machine takes turns
     torch.autograd.set_multithreading_enabled(False)
     make = torch.tensor
 
