@@ -1,7 +1,7 @@
 """A run on a simulated device: the same plan and memories as on the CPU, and nothing in the wrong place.
 
-Run by hand (`make test-slow`): the simulation stands on an experimental interface of torch, and some three runs
-of sixty ended otherwise on a busy machine (docs/reliability.md).
+Run by hand (`make test-slow`): the simulation stands on an experimental interface of torch, and some three
+runs of sixty ended otherwise on a busy machine (docs/reliability.md).
 """
 
 from __future__ import annotations
