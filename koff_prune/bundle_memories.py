@@ -106,8 +106,9 @@ def add_memory(
                 report=lambda step, loss, _: progress(learn.window * learn.batch, f"loss {loss:.3f}"),
             )  # fmt: skip
         if spends(learn):
-            whole = on_device(load_backbone(bundle))
-            memories = attach(whole, name, memories.tensors(name), recipe.memory)
+            tensors = memories.tensors(name)
+            del model, memories
+            memories = attach(on_device(load_backbone(bundle)), name, tensors, recipe.memory)
         losses = [window_losses(memories, blocks.heldout, who) for who in (name, None)]
         means = [sum(values) / len(values) for values in losses]
         with staged_dir(work / "memory") as aside:

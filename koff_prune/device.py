@@ -6,6 +6,7 @@ the device with their memories, and windows follow them.
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any, TypeVar
 
@@ -33,6 +34,8 @@ def use(name: str | None) -> None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(str(name))
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1) > 1:
+            raise KoffError(f"--device: each of several processes takes a GPU of its own; say {device.type}")
         if device.type != "cpu" and device.index is None:
             device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0") or 0))
         torch.zeros(1, device=device)
@@ -51,6 +54,10 @@ def device() -> torch.device:
 
 def on_device(model: M) -> M:
     """The model, on the device in use."""
+    if _State.device.type != "cpu":  # hooks and memories hold each other: what is done with still lies there
+        gc.collect()
+        if _State.device.type == "cuda":
+            torch.cuda.empty_cache()
     return model.to(_State.device)
 
 

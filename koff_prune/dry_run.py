@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from koff_export.errors import KoffError
 from koff_prune.architecture import native_dtype
-from koff_prune.needs import Needs, dry_plan, memory_parameters, needs
+from koff_prune.needs import NOT_BOTH, Needs, dry_plan, memory_parameters, needs
 from koff_prune.recipe import Recipe
 
 GIB = 2**30
@@ -24,6 +25,8 @@ def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0, 
     Raises:
         KoffError: No config.json is at hand, or the target cannot be reached.
     """
+    if shard and recipe.learn.base != "full":
+        raise KoffError(NOT_BOTH.format(recipe.learn.base))
     found = dry_plan(recipe)
     units, plan = found["units"], found["plan"]
     first = units.layers[0]
@@ -68,7 +71,7 @@ def _on_devices(recipe: Recipe, need: Needs, devices: int, tflops: float) -> lis
     lines += [
         f"{need.device / GIB:8.2f} GiB on each of {devices} while learning, each from {need.windows} of"
         f" {learn.batch} windows (learn.batch)",
-        f"{need.whole / GIB:8.2f} GiB on the first while scoring and evaluating: the whole dense model",
+        f"{need.whole / GIB:8.2f} GiB on each before learning and while evaluating: the whole",
         f"{need.second_moments / GIB:8.2f} GiB on the host's disk: second moments, read layer by layer",
         "",
         f"{need.flops / 1e9:.1f} GFLOP a token = {need.work}",

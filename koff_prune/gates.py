@@ -102,7 +102,7 @@ class Gates(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("target", torch.zeros(()))
         self._drawn: tuple[Any, torch.Tensor] | None = None
-        self._squared: torch.Tensor  # `squares` before the step, the same in every process
+        self._squared: torch.Tensor  # `squares` before the step, the same in every process, on the CPU
         self.prior_tokens, self.scored_tokens = prior_tokens, scored_tokens
         self.register_buffer("prior", self.alpha.detach().clone())
         self.information = self.prior if information is None else self._start(information, at)
@@ -183,12 +183,24 @@ class Gates(nn.Module):
     @torch.no_grad()
     def share(self) -> None:
         """Brings together what several processes found in the step, before `observe`."""
-        if ranks.world() > 1 and self.prior_tokens is not None and self._drawn is not None:
+        z = self._drawn[1] if self._drawn is not None else None
+        if self.prior_tokens is None or z is None:
+            return
+        if ranks.world() > 1 and ranks.any_of(z.grad is not None):
             # per token the loss of a share of the batch weighs more, as often as there are shares
             added = (self.squares.cpu() - self._squared) / ranks.world()
-            ranks.share_mean([t for t in (self._drawn[1].grad, added) if t is not None])
+            if z.grad is None:  # every batch of this process was skipped
+                z.grad = torch.zeros_like(z)
+            ranks.share_mean([z.grad, added])
             self.squares.copy_(self._squared + added)
-            self._squared = self.squares.cpu().clone()
+        self._squared = self.squares.cpu().clone()
+
+    @torch.no_grad()
+    def discard(self) -> None:
+        """Forgets what the step's gradients said, in every process alike: they are not finite."""
+        if self._drawn is not None and self.prior_tokens is not None:
+            self._drawn[1].grad = None
+            self.squares.copy_(self._squared)
 
     @torch.no_grad()
     def observe(self, tokens: int) -> None:

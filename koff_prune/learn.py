@@ -26,6 +26,7 @@ from koff_prune.gates import GateHooks, Gates
 from koff_prune.interrupt import Interruption
 from koff_prune.learner import Learner
 from koff_prune.memory import Memories
+from koff_prune.needs import NOT_BOTH
 from koff_prune.quantise import quantise
 from koff_prune.recipe import Learn
 from koff_prune.sharding import shard
@@ -133,6 +134,8 @@ class LearnTrainer(Trainer):
                 self.learner.not_finite(f"a gradient is not finite at step {self.learner.step + 1}")
                 for p in learned:
                     p.grad = torch.zeros_like(p)
+                if self.learner.gates is not None:
+                    self.learner.gates.discard()
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -260,7 +263,7 @@ def train(
             f"learn.batch: {learn.batch} windows do not divide over {ranks.world()} processes; set a multiple"
         )
     if ranks.sharded() and learn.base != "full":
-        raise KoffError(f"learn.base: {learn.base} cannot be shared out too; leave --shard away, or set full")
+        raise KoffError(NOT_BOTH.format(learn.base))
     if learn.base == "nf4":
         quantise(memories.base)
     hooks = GateHooks(memories.model, gates.units) if gates is not None else None

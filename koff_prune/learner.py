@@ -93,7 +93,10 @@ class Learner(nn.Module):
         if ranks.sharded() and self.skips:  # the backward pass needs all: they skip together
             finite = not ranks.any_of(not finite)
         if not finite:
-            self.not_finite(f"the loss is {value} at step {self.step + 1}, on a batch of {name}")
+            what = f"the loss is {value}"
+            if math.isfinite(value):
+                what = "the loss of another process is not finite"
+            self.not_finite(f"{what} at step {self.step + 1}, on a batch of {name}")
             return torch.zeros((), requires_grad=True)  # nothing to learn from
         return loss.cpu()  # where Trainer is told to be
 

@@ -9,6 +9,7 @@ from koff_prune.architecture import Units, config_of, native_dtype, units_of_con
 from koff_prune.plan import Plan, even_plan
 from koff_prune.recipe import Recipe
 
+NOT_BOTH = "learn.base: {} cannot be shared out too; leave --shard away, or set full"
 LOGITS = 512  # tokens whose logits exist at one time (`loss.CHUNK`)
 TRAINED = 16  # bytes of a trained number: itself, its gradient, Adam's two moments; float32
 NF4 = 0.516  # bytes of a number in 4 bits and its share of a block's scale (Dettmers et al. 2023)

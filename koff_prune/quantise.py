@@ -38,6 +38,8 @@ def quantise(model: Any) -> None:
                     if type(module) is nn.Linear and not module.weight.requires_grad:
                         setattr(parent, name, _four_bits(module, Linear4bit, Params4bit))
     except (NotImplementedError, RuntimeError, ValueError) as error:
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            raise
         reason = str(error).splitlines()[0][:160]
         raise KoffError(f"learn.base: nf4 does not run on this device ({reason}); set full") from error
 

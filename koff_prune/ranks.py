@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -22,6 +23,10 @@ from koff_prune.progress import console, say
 
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
              "ROLE_WORLD_SIZE", "NODE_RANK")  # fmt: skip
+
+
+# While the first process scores, cuts or exports, the others wait; a dead one is told by its closed socket.
+PATIENCE = timedelta(days=30)
 
 
 class _State:
@@ -54,7 +59,7 @@ def join(shard: bool = False) -> None:
     backend = "gloo"
     if kind != "cpu":
         backend = f"cpu:gloo,{kind}:{distributed.get_default_backend_for_device(kind)}"
-    distributed.init_process_group(backend, rank=rank, world_size=world)
+    distributed.init_process_group(backend, rank=rank, world_size=world, timeout=PATIENCE)
     for name in _LAUNCHED:
         os.environ.pop(name, None)
     _State.rank, _State.world = rank, world

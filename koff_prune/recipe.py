@@ -357,8 +357,14 @@ class Recipe(Section):
     def digest(self) -> str:
         """sha256 over what decides the result; not over `compare`, `export` and `model.config`."""
         left_out: Any = {"compare": True, "export": True, "model": {"config"}}
-        # what is none counts as not there, so that a later version's optional key changes no digest
+        # what is none counts as not there, and so do keys of later versions that ask for nothing new:
+        # an optional key changes no digest
         data = self.model_dump(mode="json", exclude=left_out, exclude_none=True)
+        if data["learn"]["base"] == "full":
+            del data["learn"]["base"]
+        for domain in data["domains"].values():
+            if domain["weight"] == 1:
+                del domain["weight"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

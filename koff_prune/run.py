@@ -94,6 +94,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path, *, resume: bool) -> None:
         self.recipe, self.folder, self.digest = recipe, Path(folder), recipe.digest()
+        self._statistics: Statistics | None = None
         self._lock = FileLock(self.folder / ".lock")
         with ranks.turn():
             if not ranks.rank():
@@ -213,9 +214,12 @@ class Run:
                 write_text(lines, text)
         return result
 
-    @cached_property
+    @property
     def statistics(self) -> Statistics:
-        """One pass of the dense model over the scoring text of all domains, kept in the run directory."""
+        """One pass of the dense model over the scoring text of all domains, kept in the run directory.
+
+        Every asking takes a turn: the first process may have asked inside another one, where nobody waits.
+        """
         from koff_prune.device import on_device
         from koff_prune.scores import Statistics, collect
 
@@ -227,7 +231,9 @@ class Run:
                     kinds, seed = self.recipe.structure.units, self.recipe.seed
                     found = collect(on_device(self.fresh()), self.units, kinds, windows, progress, seed)
                 save_tensors(found.tensors(), path)
-            return Statistics.open(path)
+            if self._statistics is None:
+                self._statistics = Statistics.open(path)
+        return self._statistics
 
     @contextmanager
     def timed(self, stage: str, folder: Path | None = None) -> Iterator[None]:

@@ -277,6 +277,7 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
                     for name in memories.domains:
                         save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
         if spends(learn):
+            del memories
             memories = untrained()  # around the model as it was
     if not ranks.rank():
         _drop_checkpoints(folder)  # also after a kill between the memories and this line

@@ -56,7 +56,7 @@ def test_dry_run_tells_what_devices_hold(recipe: Path, capsys: pytest.CaptureFix
         assert whole and rate
         host, scoring = (
             sizes.pop("on the host's disk"),
-            sizes.pop("on the first while scoring and evaluating"),
+            sizes.pop("on each before learning and while evaluating"),
         )
         assert scoring == sizes["dense model"]
         assert sum(sizes.values()) == pytest.approx(float(whole[1]), abs=0.05) and host > 0

@@ -256,3 +256,17 @@ def test_a_gate_multiplies_the_input_of_its_consumer_as_peft_wrapped_it(units: U
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     assert (seen["0.ffn_neurons.base"] != 0).all()
+
+
+def test_gradients_that_are_not_finite_leave_no_trace_in_the_costs() -> None:
+    units = read_units(tiny_model("llama"))
+    structure = Structure(units=["ffn_neurons"], sparsity=0.2)
+    gates = Gates(units, structure, "re_estimated", random_scores(units), 0, 1000.0, 100)
+    before = gates.alpha.detach().clone()
+    gates.advance(0, 0.2)
+    gates.draw().grad = torch.full_like(gates.alpha, float("nan"))
+    gates.squares += float("nan")
+    gates.discard()
+    gates.share()
+    gates.observe(16)
+    assert torch.equal(gates.alpha, before) and torch.isfinite(gates.squares).all()

@@ -146,6 +146,17 @@ def test_one_process_has_nobody_to_share_with(tmp_path: Path, capsys: pytest.Cap
     assert answer.code == 2 and "--shard: there is one process" in answer.err
 
 
+@pytest.mark.timeout(400)
+def test_two_processes_go_on_where_two_stopped(tmp_path: Path) -> None:
+    """The first one asks for statistics inside its turn at the plan, the second one does not."""
+    recipe = recipe_of(tmp_path, learn={"batch": 2}, compare=["wanda"])
+    out = tmp_path / "run"
+    for command in (("learn", recipe, "--out", out), ("apply", recipe, "--out", out, "--resume")):
+        done = launch(tmp_path, 2, *command)
+        assert done.returncode == 0, done.stderr
+    assert (out / "bundle" / "koff.json").exists()
+
+
 @pytest.mark.timeout(300)
 def test_a_process_that_dies_loses_no_more_than_a_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
