@@ -14,6 +14,7 @@ from koff_prune.analyze import analyze as analyze
 from koff_prune.arms import main_arm
 from koff_prune.bundling import write_bundle
 from koff_prune.compare import compare as _compare
+from koff_prune.learn import check_processes
 from koff_prune.needs import dry_plan
 from koff_prune.plan import even_plan
 from koff_prune.reading import load_recipe
@@ -68,6 +69,7 @@ def cut(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: b
 
 def _prepare(run: Run) -> None:
     # the cheap mistakes first: too short a text or a target out of reach is told before anything is trained
+    check_processes(run.recipe.learn)
     even_plan(run.units, run.recipe.structure)
     if "gguf" in run.recipe.export.formats:
         from koff_export.gguf import architecture

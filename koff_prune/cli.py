@@ -86,10 +86,6 @@ def _stage(
             raise typer.Exit(130) from None
         print("interrupted: run the same command with --resume to continue", file=sys.stderr)
         raise typer.Exit(130) from None
-    except RuntimeError as error:  # torch's allocator on the CPU, and torch.OutOfMemoryError on a GPU
-        if "allocate memory" not in str(error) and "out of memory" not in str(error):
-            raise
-        raise KoffError(OUT_OF_MEMORY) from error
 
 
 @app.command()
@@ -143,6 +139,8 @@ def plan(
 ) -> None:
     """Choose what stays: plan.json."""
     if dry_run:
+        if shard and devices is None:
+            raise KoffError("--shard: a --dry-run shares out over --devices; give their number")
         from koff_prune.dry_run import describe
         from koff_prune.reading import load_recipe
 
@@ -316,6 +314,10 @@ def main() -> None:
         what = (error.strerror or str(error)).lower()
         _fail(f"{where}{what}; nothing was lost, mend it and use --resume")
     except MemoryError:
+        _fail(OUT_OF_MEMORY)
+    except RuntimeError as error:  # torch's allocator on the CPU, and torch.OutOfMemoryError on a GPU
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
         _fail(OUT_OF_MEMORY)
     finally:
         if (ranks := sys.modules.get("koff_prune.ranks")) is not None:

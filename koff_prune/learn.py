@@ -215,6 +215,20 @@ def spends(learn: Learn) -> bool:
     return ranks.sharded() or learn.base != "full"
 
 
+def check_processes(learn: Learn) -> None:
+    """Whether several processes can do what the recipe asks.
+
+    Raises:
+        KoffError: The batch does not divide over them, or a quantised base would have to.
+    """
+    if learn.batch % ranks.world():
+        raise KoffError(
+            f"learn.batch: {learn.batch} windows do not divide over {ranks.world()} processes; set a multiple"
+        )
+    if ranks.sharded() and learn.base != "full":
+        raise KoffError(NOT_BOTH.format(learn.base))
+
+
 def train(
     memories: Memories,
     windows: Mapping[str, torch.Tensor],
@@ -258,20 +272,16 @@ def train(
     steps = steps_of(phase.tokens, learn, batches)
     if steps == 0:
         return 0
-    if learn.batch % ranks.world():
-        raise KoffError(
-            f"learn.batch: {learn.batch} windows do not divide over {ranks.world()} processes; set a multiple"
-        )
-    if ranks.sharded() and learn.base != "full":
-        raise KoffError(NOT_BOTH.format(learn.base))
-    if learn.base == "nf4":
-        quantise(memories.base)
+    check_processes(learn)
+    with ranks.training():  # one process may have less memory left than the others
+        if learn.base == "nf4":
+            quantise(memories.base)
+        if ranks.sharded():
+            shard(memories.base)
     hooks = GateHooks(memories.model, gates.units) if gates is not None else None
     step_tokens = learn.window * learn.batch * batches
     interruption = Interruption()
     learner = Learner(memories, gates, compensation, learn, hooks)
-    if ranks.sharded():
-        shard(memories.base)
     ramp = max(1, round(learn.gates.ramp * steps)) if gates is not None else 0
     folder.mkdir(parents=True, exist_ok=True)
     arguments = TrainingArguments(

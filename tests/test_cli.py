@@ -124,6 +124,9 @@ def test_out_of_memory_names_what_lowers_it(
         answer = koff_prune(capsys, "plan", place / "recipe.yaml", "--out", tmp_path / "out")
     mistake(answer, "out of memory", "learn.batch", "learn.gradient_checkpointing", "scoring.window")
     assert koff_prune(capsys, "plan", place / "recipe.yaml", "--out", tmp_path / "out", "--resume").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("koff_prune.api.analyze", greedy)
+        mistake(koff_prune(capsys, "analyze", tmp_path / "out"), "out of memory", "evaluate.window")
 
 
 def test_a_text_that_goes_away(

@@ -79,6 +79,12 @@ def test_dry_run_tells_what_devices_hold(recipe: Path, capsys: pytest.CaptureFix
     assert float(re.findall(r"([\d.]+) GiB dense model:", packed.out)[0]) < weights / 2
     answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", 3)
     assert "do not divide over 3" in answer.out
+    answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--shard")
+    assert answer.code == 2 and "give their number" in answer.err
+    answer = koff_prune(
+        capsys, "plan", "--dry-run", recipe, "--devices", 2, "--shard", "--set", "learn.base=nf4"
+    )
+    assert answer.code == 2 and "learn.base: nf4" in answer.err
 
 
 def test_dry_run_imports_nothing_heavy() -> None:

@@ -251,6 +251,14 @@ def test_a_batch_that_does_not_divide_is_told_once(tmp_path: Path) -> None:
     assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed")[0]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it has the GPU that is missing here")
+def test_what_may_befall_one_process_alone_it_tells_itself(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "koff_prune", "learn", str(recipe_of(tmp_path)), "--device", "cuda"]
+    place = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    done = subprocess.run(command, env=place, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.startswith("error: --device"), done.stderr
+
+
 def test_without_a_launcher_nothing_is_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from koff_prune import ranks
 
