@@ -28,6 +28,8 @@ from koff_export.attention import attention
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors
 from koff_export.graph import is_slot
+from koff_export.tensors import TensorFile
+from koff_export.weightless import put_back, take_out, weightless
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -96,29 +98,6 @@ class _Slots(nn.Module):
 
 
 @contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Holds every floating tensor of `model` in float32, one tensor at a time, then puts the dtypes back.
-
-    bfloat16 and float16 fit in float32 exactly, so the way back restores every bit without a second copy.
-    """
-    tensors = [
-        t
-        for t in (*model.parameters(), *model.buffers())
-        if t.is_floating_point() and t.dtype != torch.float32
-    ]
-    dtypes = [t.dtype for t in tensors]
-    if torch.float64 in dtypes:
-        raise KoffError("the model holds float64 tensors, which float32 cannot: cast it to float32 first")
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
-
-
-@contextmanager
 def _prepared(model: PreTrainedModel, slots: _Slots) -> Iterator[None]:
     """Hooks the slots into `model`, and takes every trace of them out again."""
     training = {module: module.training for module in model.modules()}
@@ -127,7 +106,7 @@ def _prepared(model: PreTrainedModel, slots: _Slots) -> Iterator[None]:
     handles = [linear.register_forward_hook(slots.hook(i)) for i, linear in enumerate(slots.linears)]
     try:
         model.eval()
-        with attention(model), _in_float32(model), torch.no_grad():
+        with attention(model), weightless(model), torch.no_grad():
             yield
     finally:
         for handle in handles:
@@ -146,13 +125,8 @@ def _kv_samples(kv_heads: list[int], head_dim: int, batch: int, length: int) -> 
     ]
 
 
-def _tidy(model: Any, tied: bool) -> None:
-    """Cleans an `onnx_ir.Model` in place.
-
-    Drops the exporter's notes, which hold stack traces and paths of this machine. With tied embeddings, feeds
-    the head from the embedding through a Transpose instead of from a transposed copy: the file then holds it
-    once.
-    """
+def _tidy(model: Any) -> None:
+    """Drops an `onnx_ir.Model`'s notes, which hold stack traces and paths of this machine, in place."""
     graph = model.graph
     for node in graph.all_nodes():
         node.metadata_props.clear()
@@ -163,17 +137,6 @@ def _tidy(model: Any, tied: bool) -> None:
         value.metadata_props.clear()
     graph.metadata_props.clear()
     model.metadata_props.clear()
-    head = graph.outputs[0].producer()
-    embedding = next((v for k, v in graph.initializers.items() if k.endswith("embed_tokens.weight")), None)
-    if not tied or embedding is None or head.op_type != "MatMul" or not head.inputs[1].is_initializer():
-        return
-    copy = head.inputs[1]
-    transpose = onnx_ir.node("Transpose", [embedding], attributes={"perm": [1, 0]}, name="tied_head")
-    transpose.outputs[0].name = "tied_head_weight"
-    graph.insert_before(head, transpose)
-    head.replace_input_with(1, transpose.outputs[0])
-    if not copy.uses():
-        del graph.initializers[copy.name]
 
 
 def add_defaults(model: onnx.ModelProto) -> None:
@@ -282,19 +245,24 @@ def export_onnx(
             dynamic_shapes=dynamic,
             dynamo=True,
             verbose=False,
+            optimize=False,
         )
-        assert program is not None
-        say("writing model.onnx")
-        _tidy(program.model, tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-        with disk_errors(target):
-            program.save(str(target), external_data=True)
-    graph = onnx.load(target, load_external_data=False)
+    assert program is not None
+    weights = {**dict(slots.named_parameters(remove_duplicate=False)),
+               **dict(slots.named_buffers(remove_duplicate=False))}  # fmt: skip
+    taken = take_out(program.model, weights)
+    program.optimize()
+    _tidy(program.model)
+    say("writing model.onnx")
+    graph = onnx_ir.to_proto(program.model)
+    del program
     del graph.graph.value_info[:]  # only a hint to readers, as large as the graph itself
-    if baked is not None:
-        bake(graph, baked)
-        inputs = [name for name in inputs if not is_slot(name)]
-    add_defaults(graph)
-    with disk_errors(target):
+    with disk_errors(target), TensorFile(target) as data:
+        put_back(graph.graph, taken, weights, data)
+        if baked is not None:
+            bake(graph, baked)
+            inputs = [name for name in inputs if not is_slot(name)]
+        add_defaults(graph)
         onnx.save(graph, target)
     vocab_size = graph.graph.output[0].type.tensor_type.shape.dim[2].dim_value
     return GraphInfo(len(layers), kv_heads, head_dim, vocab_size, inputs, outputs)
