@@ -64,7 +64,8 @@ def write_onnx(
     places = {name: folder / "memories" / name for name in domains}
     slots = [lora_slots(load_memory(place).get("lora", {})) for place in places.values()]
     modules = sorted({module for table in slots for module in table})
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every operator of torchvision
+    for library in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell of every node they rewrite
+        logging.getLogger(library).setLevel(logging.ERROR)
     say(f"exporting ONNX ({len(model.model.layers)} layers, about 5 s each)")
     baked = None if merged is None else _kv_of(folder / "memories" / merged, model)
     info = export_onnx(model, folder, lora_modules=modules, baked=baked, progress=say)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from koff_export.bundle import open_manifest
 from koff_prune.attach import attach_memory
@@ -38,7 +40,7 @@ def numerics(folder: Path, tokens: int = 24, names: list[str] | None = None) -> 
     expected = _torch_logits(folder, ids, {n: manifest.merged or n for n in asked}, list(manifest.domains))
     result = dict.fromkeys(expected, 0.0)
     for profile in manifest.graph.profiles:  # torch is gone by now: one model in memory at a time
-        runtime = Runtime.open(folder, verify=False, profile=profile)
+        runtime = Runtime.open(folder, verify=False, profile=profile, mapped=True)
         for name, logits in expected.items():
             found = runtime.logits(ids[0].tolist(), name)
             worst = np.abs(found - logits).max()
@@ -52,13 +54,41 @@ def _torch_logits(
     folder: Path, ids: torch.Tensor, memories: Mapping[str | None, str | None], there: Sequence[str]
 ) -> dict[str | None, np.ndarray]:
     """Logits [tokens, vocabulary] of the backbone in float32, by what is asked for, with that's memory."""
-    model, result = load_backbone(folder, torch.float32), {}
+    model, result = load_backbone(folder), {}
     for name, memory in memories.items():
         attached = attach_memory(model, folder / "memories" / memory) if memory in there and memory else None
-        result[name] = model(input_ids=ids, use_cache=False).logits[0].numpy()
+        with _in_float32(model):
+            result[name] = model(input_ids=ids, use_cache=False).logits[0].float().numpy()
         if attached is not None:
             model = attached.unwrap()
     return result
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Computes in float32 and holds one module's weights in it at a time: the model may fill the memory."""
+    before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+
+    def widen(module: nn.Module, args: object) -> None:
+        before[module] = dict(module._parameters)
+        for name, tensor in before[module].items():
+            if tensor is not None:
+                module._parameters[name] = nn.Parameter(tensor.float(), requires_grad=False)
+
+    def restore(module: nn.Module, args: object, output: object) -> None:
+        module._parameters.update(before.pop(module))
+
+    handles = []
+    for module in [m for m in model.modules() if m._parameters]:
+        handles += [
+            module.register_forward_pre_hook(widen),
+            module.register_forward_hook(restore, always_call=True),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def accuracy(

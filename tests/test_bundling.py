@@ -73,6 +73,22 @@ def test_verify_passes(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert told["sparsity"] == pytest.approx(0.2, abs=0.002)
 
 
+def test_what_is_saved_in_few_bits_is_compared_in_float32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(
+        tmp_path,
+        model={"dtype": "bfloat16"},
+        learn={"rates": {"lora": 0.05, "kv": 0.2}},
+        export={"formats": ["safetensors", "onnx"]},
+    )
+    assert koff_prune(capsys, "apply", recipe, "--out", tmp_path / "run").code == 0
+    assert next(load_backbone(tmp_path / "run/bundle").parameters()).dtype == torch.bfloat16
+    answer = koff_prune(capsys, "verify", tmp_path / "run/bundle")
+    assert answer.code == 0, answer.err
+    assert max(json.loads(answer.out)["onnx_logits"].values()) < 1e-4
+
+
 def test_the_manifest_tells_what_few_bits_cost(bundle: Path, place: Path) -> None:
     told = read_json(bundle / "koff.json")["numerics"]["precision"]
     assert set(told) == {"fp32", "int8"}
@@ -114,6 +130,18 @@ def test_koff_run_scores_what_the_report_says(
         found = json.loads(capsys.readouterr().out)
         assert found["perplexity"] == pytest.approx(row["perplexity"][domain], rel=1e-3)
         assert found["windows"] == 8
+
+
+def test_weights_may_stay_on_the_disk(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(place / "run/bundle"), "--memory", "law", "--json", "--score"]
+    command.append(str(place / "run/domains/law.heldout.jsonl"))
+    found = []
+    for option in ([], ["--mapped"]):
+        assert koff_run([*command, *option]) == 0
+        found.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert koff_run([*command, "--mapped", "--precision", "int8"]) == 2
+    assert "--mapped: int8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -9,17 +9,13 @@ from typing import Any
 import onnxruntime as ort
 
 from koff_export.errors import KoffError
+from koff_export.session import first_line
 
 
 class Options(ort.RunOptions):
     """Keeps its memory alive, which ONNX Runtime's own do not: one may be evicted while an answer runs."""
 
     adapter: ort.LoraAdapter | None = None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of ONNX Runtime's message, which may hold a stack of them."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def open_adapter(path: Path, name: str, slots: Mapping[str, Any]) -> tuple[ort.LoraAdapter, int]:

@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         help="which graph to run: portable or fused (default: fused, the faster one, where there is one)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: all cores)")
+    parser.add_argument(
+        "--mapped", action="store_true", help="leave weights on the disk: less memory, slower (fp32)"
+    )
     parser.add_argument("--no-verify", action="store_true", help="skip the sha256 checks")
     parser.add_argument("--version", action="version", version=f"koff-run {__version__}")
     return parser
@@ -240,6 +243,8 @@ def _run(args: argparse.Namespace) -> None:
     refuse_two_wheels()
     if sum([bool(args.score), bool(args.batch), args.prompt is not None or args.chat]) > 1:
         raise KoffError("--score, --batch and --prompt or --chat each stand alone: leave out the others")
+    if args.mapped and args.precision != "fp32":
+        raise KoffError(f"--mapped: {args.precision} weights are always arranged anew; leave it out")
     if args.threads is not None and args.threads < 1:
         raise KoffError(f"--threads {args.threads} is not possible: give 1 or more")
     from koff_export.runtime import Runtime
@@ -250,6 +255,7 @@ def _run(args: argparse.Namespace) -> None:
         verify=not args.no_verify,
         threads=args.threads,
         profile=args.profile,
+        mapped=args.mapped,
     )
     args.memory = None if args.memory == BARE else args.memory
     if (args.score or args.batch) and args.memory == AUTO:

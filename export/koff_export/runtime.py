@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from koff_export.adapter import Options, first_line, open_adapter
+from koff_export.adapter import Options, open_adapter
 from koff_export.bundle import Manifest, check_file, open_manifest
 from koff_export.cached import CachedText
 from koff_export.errors import KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx, is_slot
 from koff_export.sampling import check_sampling, pick
+from koff_export.session import first_line, open_session
 
 if TYPE_CHECKING:
     from koff_export.text import ChatTemplate
@@ -56,6 +57,7 @@ class Runtime:
         verify: bool = True,
         threads: int | None = None,
         profile: str | None = None,
+        mapped: bool = False,
     ) -> Runtime:
         """Opens a bundle's graph once; memories and tokenizer follow on first use.
 
@@ -65,6 +67,8 @@ class Runtime:
             verify: Compare the sha256 of every file before it is used.
             threads: Threads of ONNX Runtime; None leaves the choice to it.
             profile: "portable" or "fused"; None takes the fused one, the faster, where there is one.
+            mapped: Leave float weights on the disk, read as they are needed, instead of arranging a copy of
+                all for speed: a model larger than the memory runs, slowly.
 
         Raises:
             KoffError: no bundle, no such precision or profile, or a file missing, changed or hostile.
@@ -83,16 +87,7 @@ class Runtime:
         path = check_file(folder, manifest, paths[precision], hashes=verify)
         for data in check_onnx(path, folder):
             check_file(folder, manifest, data.relative_to(folder).as_posix(), hashes=verify)
-        options = ort.SessionOptions()
-        options.log_severity_level = (
-            4  # failures come back as exceptions, and the optional slots would be warned about
-        )
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise KoffError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
+        session = open_session(path, threads, mapped)
         try:
             return cls(folder, manifest, session, verify, profile)
         except UnicodeDecodeError as error:
