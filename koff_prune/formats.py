@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +72,31 @@ def write_onnx(
     for name, place in places.items():
         write_onnx_memory(place, folder / "onnx" / "memories" / f"{name}.onnx_adapter", info.layers)
     few = {str(name): {"int8": 8, "int4": 4}[name] for name in export.onnx.precision if name != "fp32"}
-    precisions = {"fp32": "onnx/model.onnx", **{name: f"onnx/model_{name}.onnx" for name in few}}
+    precisions = _paths("model", few)
     told = {**vars(info), "precisions": precisions}
+    profiles = {"portable": precisions}
     if fused:
         say("writing the fused graph")
         export_fused(model, folder / "onnx/fused.onnx", folder / "onnx/model.onnx", baked=baked)
-        told["fused"] = {"fp32": "onnx/fused.onnx", **{name: f"onnx/fused_{name}.onnx" for name in few}}
+        profiles["fused"] = told["fused"] = _paths("fused", few)
+        if merged is None:
+            export_fused(model, folder / "onnx/in_place.onnx", folder / "onnx/fused.onnx", in_place=True)
+            profiles["in_place"] = told["in_place"] = _paths("in_place", few)
+    del model
     for name, bits in few.items():
         say(f"quantising to {name}")
-        quantize(folder / precisions["fp32"], folder / precisions[name], bits)
-        if fused:
-            there = folder / told["fused"][name]
-            quantize(folder / told["fused"]["fp32"], there, bits, beside=folder / precisions[name])
+        beside = None  # weights that an earlier profile has are read from there
+        for paths in profiles.values():
+            quantize(folder / paths["fp32"], folder / paths[name], bits, beside)
+            beside = folder / paths[name]
     if export.onnx.javascript:
         told["javascript"] = {name: write_required(folder, path) for name, path in precisions.items()}
     return told
+
+
+def _paths(graph: str, few: Iterable[str]) -> dict[str, str]:
+    """Where a graph stands in a bundle, by precision."""
+    return {"fp32": f"onnx/{graph}.onnx", **{name: f"onnx/{graph}_{name}.onnx" for name in few}}
 
 
 def _kv_of(memory: Path, model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,37 @@ class Options(ort.RunOptions):
     adapter: ort.LoraAdapter | None = None
 
 
-def open_adapter(path: Path, name: str, slots: Mapping[str, Any]) -> tuple[ort.LoraAdapter, int]:
+@dataclass(frozen=True)
+class Adapter:
+    """One memory in memory.
+
+    Attributes:
+        loaded: As ONNX Runtime takes it for a call.
+        tensors: Its parts by the name of their slots.
+        kv_tokens: Length P of its learned KV, 0 without one.
+        file: What the tensors lie in.
+    """
+
+    loaded: ort.LoraAdapter
+    tensors: dict[str, ort.OrtValue]
+    kv_tokens: int
+    file: ort.AdapterFormat
+
+
+def open_adapter(path: Path, name: str, slots: Mapping[str, Any]) -> Adapter:
     """Opens the memory `name`.
 
     Args:
         path: The `.onnx_adapter` file.
         name: The memory's name, for messages.
-        slots: The graph's slots by name, as `InferenceSession.get_overridable_initializers` describes them.
-
-    Returns:
-        The adapter, and the length P of its learned KV (0 without one).
+        slots: The slots by name, as `InferenceSession.get_overridable_initializers` describes them.
 
     Raises:
         KoffError: the file is damaged, or its tensors do not fit the slots or one another.
     """
     try:
-        parameters = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+        file = ort.AdapterFormat.read_adapter(str(path))
+        parameters = file.get_parameters()
         found = {key: (value.shape(), value.data_type()) for key, value in parameters.items()}
         adapter = ort.LoraAdapter()
         adapter.Load(str(path))
@@ -55,4 +71,4 @@ def open_adapter(path: Path, name: str, slots: Mapping[str, Any]) -> tuple[ort.L
     partners |= {key.replace(".lora_B.", ".lora_A.") for key in halves}
     if partners != halves or (found.keys() & kv_slots) not in (set(), kv_slots):
         raise KoffError(f"the memory {name!r} is incomplete: fetch it again")
-    return adapter, sizes.get("memory", 0)
+    return Adapter(adapter, parameters, sizes.get("memory", 0), file)

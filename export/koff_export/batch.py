@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime as ort
 
 from koff_export.errors import KoffError
 from koff_export.sampling import check_sampling, pick
@@ -20,46 +19,29 @@ class _Rows:
     """Texts of one memory on their way through the graph, padded on the left to one length."""
 
     def __init__(self, runtime: Runtime, memory: str | None, prompts: Sequence[Sequence[int]]) -> None:
-        self.runtime, self.options = runtime, runtime.run_options(memory)
-        # the fused graph takes many tokens behind a learned KV of one text only; a single token of many
-        self.one_by_one = runtime.profile == "fused" and runtime.kv_tokens(memory) > 0
+        self.runtime, self.memory = runtime, memory
+        # a fused graph takes many tokens behind a learned KV of one text only; a single token of many
+        self.one_by_one = runtime.profile != "portable" and runtime.kv_tokens(memory) > 0
         longest = max(map(len, prompts))
         # padding is token 0 at position 0, and the mask hides it from all that follows
         self.pending = np.array([[0] * (longest - len(p)) + list(p) for p in prompts], np.int64)
         self.mask = np.array([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], np.int64)
-        self.past = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.repeat(value.numpy(), len(prompts), 0))
-            for name, value in runtime.empty_cache.items()
-        }
+        self.cache = runtime.cache(memory, len(prompts))
 
     def read(self) -> np.ndarray:
         """Reads what is pending; the logits after its last token, float32 [rows, vocabulary]."""
         rows, count = self.pending.shape
-        feeds = {
-            "input_ids": self.pending,
-            "attention_mask": self.mask,
-            "position_ids": np.maximum(self.mask.cumsum(1) - 1, 0)[:, -count:],
-        }
+        feeds = self.pending, self.mask, np.maximum(self.mask.cumsum(1) - 1, 0)[:, -count:]
         if count == 1 or not self.one_by_one:
-            logits, *present = self._run(feeds, self.past)
-            last = logits.numpy()[:, -1]
+            last = self.cache.read(*feeds)[:, -1]
         else:
+            caches = [self.runtime.cache(self.memory) for _ in range(rows)]
             each = [
-                self._run({name: a[i : i + 1] for name, a in feeds.items()}, self.runtime.empty_cache)
-                for i in range(rows)
+                cache.read(*(array[i : i + 1] for array in feeds))[:, -1] for i, cache in enumerate(caches)
             ]
-            last = np.concatenate([logits.numpy()[:, -1] for logits, *_ in each])
-            columns = zip(*(present for _, *present in each), strict=True)
-            joined = (np.concatenate([value.numpy() for value in column]) for column in columns)
-            present = [ort.OrtValue.ortvalue_from_numpy(array) for array in joined]
-        self.past = dict(zip(self.past, present, strict=True))
+            last = np.concatenate(each)
+            self.cache.join(caches)
         return last.astype(np.float32, copy=False)
-
-    def _run(self, feeds: dict[str, np.ndarray], past: dict[str, ort.OrtValue]) -> list[ort.OrtValue]:
-        values = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()
-        }
-        return self.runtime.run({**values, **past}, self.options)
 
     def append(self, tokens: Sequence[int]) -> None:
         """The next token of every row."""

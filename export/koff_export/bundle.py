@@ -62,7 +62,8 @@ class Graph:
     """The ONNX graph, as `koff_export.onnx.GraphInfo`.
 
     `precisions` maps a name ("fp32") to the path of the portable graph; `fused` does so for the fused
-    profile, and is empty in a bundle without it.
+    profile, and is empty in a bundle without it; `in_place` does so for the fused graph whose cache is
+    written where it stands. That has no slots for the learned KV: its cache begins with it.
     """
 
     layers: int
@@ -73,11 +74,13 @@ class Graph:
     outputs: list[str]
     precisions: dict[str, str]
     fused: dict[str, str] = field(default_factory=dict)
+    in_place: dict[str, str] = field(default_factory=dict)
 
     @property
     def profiles(self) -> dict[str, dict[str, str]]:
         """The profiles at hand, the portable one first: paths by precision."""
-        return {"portable": self.precisions, **({"fused": self.fused} if self.fused else {})}
+        others = {"fused": self.fused, "in_place": self.in_place}
+        return {"portable": self.precisions, **{name: paths for name, paths in others.items() if paths}}
 
 
 @dataclass(frozen=True)
@@ -214,10 +217,15 @@ def _graph(value: Any, where: str) -> Graph:
         outputs=r.items("outputs", str),
         precisions=r.mapping("precisions"),
         fused=r.mapping("fused"),
+        in_place=r.mapping("in_place"),
     )
     if len(graph.kv_heads) != graph.layers or min(graph.kv_heads, default=0) < 1:
         raise r.fail("kv_heads", "one count of at least 1 per layer")
-    for key, paths in (("precisions", graph.precisions), ("fused", graph.fused)):
+    for key, paths in (
+        ("precisions", graph.precisions),
+        ("fused", graph.fused),
+        ("in_place", graph.in_place),
+    ):
         if not all(isinstance(path, str) for path in paths.values()):
             raise r.fail(key, "a map of names to paths")
     return graph

@@ -1,9 +1,9 @@
-"""One text and the cache that holds what the graph has read of it."""
+"""What the graph has read of some texts that share a memory: past keys and values, a row for each text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -11,26 +11,129 @@ import onnxruntime as ort
 if TYPE_CHECKING:
     from koff_export.runtime import Runtime
 
+_VALUE = ort.OrtValue.ortvalue_from_numpy
+_STEP = 256  # tokens that a cache in place grows by, at least
+
+
+class Cache(Protocol):
+    """Either kind of cache."""
+
+    def read(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Appends tokens to every row; returns their logits, [rows, count, vocabulary].
+
+        Args:
+            ids: int64 [rows, count].
+            mask: int64 [rows, tokens of text read so far and now]: 0 for padding, 1 for text.
+            positions: int64 [rows, count], of the text alone.
+        """
+
+    def join(self, caches: Sequence[Any]) -> None:
+        """Takes over caches of this kind, of one row each and of one length."""
+
+
+class CacheOfGraph:
+    """For graphs with slots: a call takes a cache and hands back a longer one."""
+
+    def __init__(self, runtime: Runtime, memory: str | None, rows: int = 1) -> None:
+        self.runtime, self.options = runtime, runtime.run_options(memory)
+        self.past = {
+            name: _VALUE(np.repeat(value.numpy(), rows, 0)) for name, value in runtime.empty_cache.items()
+        }
+
+    def read(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """See `Cache`."""
+        values = {name: _VALUE(np.ascontiguousarray(a)) for name, a in _feeds(ids, mask, positions).items()}
+        logits, *present = self.runtime.run({**values, **self.past}, self.options)
+        self.past = dict(zip(self.past, present, strict=True))
+        return np.asarray(logits.numpy())
+
+    def join(self, caches: Sequence[Any]) -> None:
+        """See `Cache`."""
+        for name in self.past:
+            self.past[name] = _VALUE(np.concatenate([cache.past[name].numpy() for cache in caches]))
+
+
+class CacheInPlace:
+    """For graphs without slots for a learned KV: a block of memory that begins with it and is filled up.
+
+    A call writes its keys and values where they stay: no copy of all that was read before is made.
+    """
+
+    def __init__(self, runtime: Runtime, memory: str | None, rows: int = 1) -> None:
+        self.runtime, self.rows = runtime, rows
+        lora, kv = runtime.tensors(memory)
+        self.front = self.length = next(iter(kv.values())).shape[2] if kv else 0
+        self._binding = runtime.io_binding()
+        for name, value in lora.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._kept: list[object] = [lora]  # the binding does not keep them alive
+        self._past = {
+            name: np.repeat(kv.get(_slot(name), empty.numpy()), rows, 0)
+            for name, empty in runtime.empty_cache.items()
+        }
+        self._capacity = 0
+
+    def read(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """See `Cache`."""
+        end = self.length + ids.shape[1]
+        if end > self._capacity:
+            self._grow(end)
+        seen = np.ones((self.rows, self.front), np.int64)
+        feeds = _feeds(ids, np.concatenate([seen, mask], 1), positions + self.front)
+        values = {name: _VALUE(np.ascontiguousarray(array)) for name, array in feeds.items()}
+        for name, value in values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        logits = np.empty((*ids.shape, self.runtime.vocab_size), next(iter(self._past.values())).dtype)
+        target = _VALUE(logits)
+        self._binding.bind_ortvalue_output("logits", target)
+        self.runtime.run_bound(self._binding)
+        self.length = end
+        return logits
+
+    def join(self, caches: Sequence[Any]) -> None:
+        """See `Cache`."""
+        self.length = caches[0].length
+        for name in self._past:
+            self._past[name] = np.concatenate([cache._past[name][:, :, : self.length] for cache in caches])
+        self._grow(self.length)
+
+    def _grow(self, least: int) -> None:
+        """Moves what was read into a larger block: twice as large, so that a long text is copied seldom."""
+        self._capacity = max(least + _STEP, 2 * self._capacity)
+        del self._kept[1:]
+        for name, old in self._past.items():
+            rows, heads, _, size = old.shape
+            block = np.zeros((rows, heads, self._capacity, size), old.dtype)
+            block[:, :, : self.length] = old[:, :, : self.length]
+            value = _VALUE(block)
+            self._past[name] = block
+            self._kept += [block, value]
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+
 
 class CachedText:
-    """One text on its way through the graph: its cache, one row, and how many tokens it holds."""
+    """One text on its way through the graph: its cache, and how many tokens it holds."""
 
     def __init__(self, runtime: Runtime, memory: str | None) -> None:
-        self.runtime = runtime
-        self.options = runtime.run_options(memory)
-        self.past = runtime.empty_cache
+        self.cache: Cache = runtime.cache(memory)
         self.length = 0
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
         """Appends `tokens`; returns their logits, float32 [len(tokens), vocabulary]."""
         end = self.length + len(tokens)
-        feeds = {
-            "input_ids": np.array([tokens], dtype=np.int64),
-            "attention_mask": np.ones((1, end), dtype=np.int64),
-            "position_ids": np.arange(self.length, end, dtype=np.int64)[None],
-        }
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        logits, *present = self.runtime.run({**values, **self.past}, self.options)
-        self.past = dict(zip(self.past, present, strict=True))
+        positions = np.arange(self.length, end, dtype=np.int64)[None]
+        logits = self.cache.read(
+            np.array([tokens], dtype=np.int64), np.ones((1, end), dtype=np.int64), positions
+        )
         self.length = end
-        return logits.numpy()[0].astype(np.float32, copy=False)
+        return logits[0].astype(np.float32, copy=False)
+
+
+def _feeds(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def _slot(past: str) -> str:
+    """The slot whose place a cache in place has, of the learned KV."""
+    return past.replace("past_key_values", "memory")

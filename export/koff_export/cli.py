@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--profile",
         metavar="NAME",
-        help="which graph to run: portable or fused (default: fused, the faster one, where there is one)",
+        help="which graph to run: portable, fused or in_place (default: the last that there is, the fastest)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to use (default: all cores)")
     parser.add_argument(

@@ -205,8 +205,13 @@ def export_fused(
     portable: str | Path,
     *,
     baked: Sequence[Pair] | None = None,
+    in_place: bool = False,
 ) -> None:
     """Writes the fused graph, float32, with the inputs, slots and outputs of the portable one.
+
+    The memory's slots cost two copies of the cache at every token, one in front and one behind. With
+    `in_place` there are none: a runtime puts the learned KV at the beginning of the cache, counts it among
+    the tokens of mask and positions, and gives `present` the block that `past` lies in, which may be longer.
 
     Args:
         model: A causal LM that `check_fused` accepts; widths and head counts may differ per layer.
@@ -214,6 +219,7 @@ def export_fused(
         portable: The graph that `export_onnx` wrote of the same model, in the same folder. Weights that its
             data file holds are read from there: a second profile adds next to nothing to a bundle.
         baked: The learned KV that the graph is to hold for good, as for `export_onnx`.
+        in_place: Without slots for a learned KV.
 
     Raises:
         KoffError: a model that the profile cannot hold, or the disk refuses.
@@ -223,7 +229,7 @@ def export_fused(
     interface = onnx.load(portable, load_external_data=False).graph
     names = [value.name for value in interface.input]
     slots = {n.removesuffix(".lora_A.weight") for n in names if n.endswith(".lora_A.weight")}
-    memory = baked is None or baked[0][0].shape[1] > 0
+    memory = not in_place and (baked is None or baked[0][0].shape[1] > 0)
     with disk_errors(path), TensorFile(path, Path(portable)) as weights:
         g = _Graph(weights)
         _rotation(g, model)
@@ -250,7 +256,7 @@ def export_fused(
             last = g.weight("lm_head.weight", head.T)
         g.op("MatMul", x, last, name="logits")
         graph = helper.make_graph(g.nodes, "fused", [], list(interface.output), g.initializers)
-        graph.input.extend(interface.input)
+        graph.input.extend(v for v in interface.input if not (in_place and v.name.startswith("memory.")))
         opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
         proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         if baked is not None and memory:

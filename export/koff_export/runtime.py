@@ -11,21 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from koff_export.adapter import Options, open_adapter
+from koff_export.adapter import Adapter, Options, open_adapter
 from koff_export.bundle import Manifest, check_file, open_manifest
-from koff_export.cached import CachedText
+from koff_export.cached import Cache, CachedText, CacheInPlace, CacheOfGraph
 from koff_export.errors import KoffError
 from koff_export.files import safe_join
-from koff_export.graph import check_onnx, is_slot
+from koff_export.graph import check_onnx
 from koff_export.sampling import check_sampling, pick
-from koff_export.session import first_line, open_session
+from koff_export.session import check_session, open_session, run_errors
 
 if TYPE_CHECKING:
     from koff_export.text import ChatTemplate
 
 # Tokens per call while reading a prompt or scoring: bounds the logits, [chunk, vocabulary] float32.
 _CHUNK = 256
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ADAPTERS = "onnx/memories"
 
 
@@ -40,14 +39,13 @@ class Runtime:
         self.profile = profile
         self._session = session
         self._verify = verify
-        self._adapters: dict[str, ort.LoraAdapter] = {}
+        self._adapters: dict[str, Adapter] = {}
         # length of the learned KV, by memory; "" is the bare graph's own
         within = manifest.domains.get(manifest.merged or "")
         self._kv_tokens: dict[str, int] = {"": within.kv_tokens if within else 0}
         self._tokenizer: Any = None
         self._outputs = [output.name for output in session.get_outputs()]
-        self._slots = {i.name: i for i in session.get_overridable_initializers()}
-        self.empty_cache = self._check_graph()
+        self.empty_cache, self._slots = check_session(session, manifest, profile)
 
     @classmethod
     def open(
@@ -66,7 +64,7 @@ class Runtime:
             precision: One of the manifest's precisions, e.g. "fp32", "int8".
             verify: Compare the sha256 of every file before it is used.
             threads: Threads of ONNX Runtime; None leaves the choice to it.
-            profile: "portable" or "fused"; None takes the fused one, the faster, where there is one.
+            profile: "portable", "fused" or "in_place"; None takes the last that the bundle has: the fastest.
             mapped: Leave float weights on the disk, read as they are needed, instead of arranging a copy of
                 all for speed: a model larger than the memory runs, slowly.
 
@@ -93,41 +91,11 @@ class Runtime:
         except UnicodeDecodeError as error:
             raise KoffError(f"{path} has names that are no text: fetch the bundle again") from error
 
-    def _check_graph(self) -> dict[str, ort.OrtValue]:
-        """Compares the session with the manifest; returns a cache of length 0."""
-        graph = self.manifest.graph
-        assert graph is not None
-        found = {value.name: value for value in (*self._session.get_inputs(), *self._slots.values())}
-        expected = {"input_ids", "attention_mask", "position_ids"}
-        cache: dict[str, ort.OrtValue] = {}
-        for i, heads in enumerate(graph.kv_heads):
-            for kind in ("key", "value"):
-                past, memory = f"past_key_values.{i}.{kind}", f"memory.{i}.{kind}"
-                slots = () if self.manifest.merged else ((memory, 1),)
-                for name, first in ((past, None), *slots):
-                    shape = found[name].shape if name in found else []
-                    if (
-                        len(shape) != 4
-                        or [shape[1], shape[3]] != [heads, graph.head_dim]
-                        or first not in (None, shape[0])
-                    ):
-                        raise KoffError(
-                            f"the graph's input {name!r} is not as koff.json says: fetch the bundle again"
-                        )
-                dtype = _FLOATS.get(found[past].type)
-                if dtype is None:
-                    raise KoffError(
-                        f"the graph's input {past!r} has the type {found[past].type}, which no bundle has"
-                    )
-                cache[past] = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, 0, graph.head_dim), dtype))
-        expected |= set(cache)
-        required = {value.name for value in self._session.get_inputs()}
-        outputs = ["logits"] + [name.replace("past_key_values", "present") for name in cache]
-        if required != expected or self._outputs != outputs or not all(map(is_slot, self._slots)):
-            raise KoffError(
-                "the graph's inputs and outputs are not as koff.json says: fetch the bundle again"
-            )
-        return cache
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        assert self.manifest.graph is not None
+        return self.manifest.graph.vocab_size
 
     # Memories
 
@@ -160,10 +128,10 @@ class Runtime:
         path = safe_join(self.folder, relative)
         if relative in self.manifest.files or domain is not None:
             check_file(self.folder, self.manifest, relative, hashes=self._verify)
-        adapter, kv_tokens = open_adapter(path, name, self._slots)
-        if domain is not None and kv_tokens != domain.kv_tokens:
+        adapter = open_adapter(path, name, self._slots)
+        if domain is not None and adapter.kv_tokens != domain.kv_tokens:
             raise KoffError(f"the memory {name!r} is not as koff.json says: fetch it again")
-        self._kv_tokens[name] = kv_tokens
+        self._kv_tokens[name] = adapter.kv_tokens
         self._adapters[name] = adapter
 
     def _reread(self) -> None:
@@ -184,16 +152,36 @@ class Runtime:
         options = Options()
         if memory is not None:
             self.memory(memory)
-            options.adapter = self._adapters[memory]
+            options.adapter = self._adapters[memory].loaded
             options.add_active_adapter(options.adapter)
         return options
 
+    def tensors(self, memory: str | None) -> tuple[dict[str, ort.OrtValue], dict[str, np.ndarray]]:
+        """A memory's LoRA, and its learned KV, [1, kv_heads, P, head_dim], each by the name of its slot."""
+        if memory is None:
+            return {}, {}
+        self.memory(memory)
+        tensors = self._adapters[memory].tensors
+        kv = {name: value.numpy() for name, value in tensors.items() if name.startswith("memory.")}
+        return {name: value for name, value in tensors.items() if name not in kv}, kv
+
+    def cache(self, memory: str | None, rows: int = 1) -> Cache:
+        """An empty cache for texts read with `memory`."""
+        return (CacheInPlace if self.profile == "in_place" else CacheOfGraph)(self, memory, rows)
+
     def run(self, feeds: dict[str, ort.OrtValue], options: ort.RunOptions) -> list[ort.OrtValue]:
         """One call of the graph. Outputs: logits, then present.{i}.key and .value of every layer."""
-        try:
+        with run_errors():
             return list(self._session.run_with_ort_values(self._outputs, feeds, options))
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise KoffError(f"ONNX Runtime failed while running the graph: {first_line(error)}") from error
+
+    def io_binding(self) -> ort.IOBinding:
+        """To be filled for `run_bound`."""
+        return self._session.io_binding()
+
+    def run_bound(self, binding: ort.IOBinding) -> None:
+        """One call of the graph on what is bound."""
+        with run_errors():
+            self._session.run_with_iobinding(binding)
 
     # Text
 
@@ -234,13 +222,11 @@ class Runtime:
 
     def check_tokens(self, tokens: Sequence[int], memory: str | None, extra: int = 0) -> None:
         """Refuses tokens that cannot be read with `memory`, and `extra` more behind them."""
-        graph = self.manifest.graph
-        assert graph is not None
         if not tokens:
             raise KoffError("the text has no tokens: give at least one word")
-        if min(tokens) < 0 or max(tokens) >= graph.vocab_size:
+        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
             raise KoffError(
-                f"a token number is outside of 0…{graph.vocab_size - 1}: it is from another tokenizer"
+                f"a token number is outside of 0…{self.vocab_size - 1}: it is from another tokenizer"
             )
         if memory is not None:
             self.memory(memory)

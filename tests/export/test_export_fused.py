@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from dataclasses import dataclass
@@ -50,9 +51,17 @@ class Bundle:
     memories: dict[str | None, tuple[Lora, Kv | None]]
 
 
+FUSED = ("fused", "in_place")
+
+
+@pytest.fixture(params=FUSED)
+def profile(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=CASES)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of both profiles in three precisions; its memories are LoRA and KV, LoRA alone, KV alone."""
+    """A bundle of all profiles in three precisions; its memories are LoRA and KV, LoRA alone, KV alone."""
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_model(request.param, **CASES[request.param])  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
@@ -60,12 +69,15 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             torch.nn.init.normal_(parameter)
     info = export_onnx(model, folder, lora_modules=lora_modules(model))
     export_fused(model, folder / "onnx/fused.onnx", folder / "onnx/model.onnx")
-    graph = {**vars(info), "precisions": {"fp32": "onnx/model.onnx"}, "fused": {"fp32": "onnx/fused.onnx"}}
+    export_fused(model, folder / "onnx/in_place.onnx", folder / "onnx/fused.onnx", in_place=True)
+    graph = {**vars(info), "precisions": {"fp32": "onnx/model.onnx"}}
+    graph |= {profile: {"fp32": f"onnx/{profile}.onnx"} for profile in FUSED}
     for name, bits in (("int8", 8), ("int4", 4)):
-        for key, stem in (("precisions", "model"), ("fused", "fused")):
-            graph[key][name] = f"onnx/{stem}_{name}.onnx"  # type: ignore[index]
-            beside = folder / f"onnx/model_{name}.onnx" if key == "fused" else None
+        beside = None
+        for key, stem in (("precisions", "model"), *((profile, profile) for profile in FUSED)):
+            graph[key][name] = f"onnx/{stem}_{name}.onnx"
             quantize(folder / f"onnx/{stem}.onnx", folder / f"onnx/{stem}_{name}.onnx", bits, beside)
+            beside = folder / f"onnx/{stem}_{name}.onnx"
     memories: dict[str | None, tuple[Lora, Kv | None]] = {
         None: ({}, None),
         "both": (random_lora(model, 3, 1), random_kv(model, 7, 2)),
@@ -84,9 +96,9 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Bundle(folder, model, memories)
 
 
-def test_greedy_tokens_and_logits_equal_torch_and_the_portable_graph(bundle: Bundle) -> None:
+def test_greedy_tokens_and_logits_equal_torch_and_the_portable_graph(bundle: Bundle, profile: str) -> None:
     portable = Runtime.open(bundle.folder, threads=1, profile="portable")
-    fused = Runtime.open(bundle.folder, threads=1, profile="fused")
+    fused = Runtime.open(bundle.folder, threads=1, profile=profile)
     prompt = [BOS, *torch.randint(3, 250, (19,), generator=torch.Generator().manual_seed(1)).tolist()]
     answers = set()
     for memory, (lora, kv) in bundle.memories.items():
@@ -102,16 +114,18 @@ def test_greedy_tokens_and_logits_equal_torch_and_the_portable_graph(bundle: Bun
     assert len(answers) == len(bundle.memories)
 
 
-def test_a_prompt_may_be_read_in_pieces(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = Runtime.open(bundle.folder, threads=1, profile="fused")
+def test_a_prompt_may_be_read_in_pieces(
+    bundle: Bundle, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = Runtime.open(bundle.folder, threads=1, profile=profile)
     prompt = [BOS, *range(30, 50)]
     whole = list(fused.generate_tokens(prompt, "both", 6))
     monkeypatch.setattr("koff_export.runtime._CHUNK", 4)
     assert list(fused.generate_tokens(prompt, "both", 6)) == whole
 
 
-def test_a_padded_batch_answers_as_one_by_one(bundle: Bundle) -> None:
-    fused = Runtime.open(bundle.folder, threads=1, profile="fused")
+def test_a_padded_batch_answers_as_one_by_one(bundle: Bundle, profile: str) -> None:
+    fused = Runtime.open(bundle.folder, threads=1, profile=profile)
     prompts = ["ab", "the law of the land", "c", "music", "mathematics", "a"]
     memories = ["both", None, "both", "both", None, "lora"]
     alone = ["".join(fused.generate(p, m, 9)) for p, m in zip(prompts, memories, strict=True)]
@@ -120,9 +134,9 @@ def test_a_padded_batch_answers_as_one_by_one(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 0.02), ("int4", 1.5)])
-def test_few_bits_keep_the_memories(bundle: Bundle, precision: str, limit: float) -> None:
-    full = Runtime.open(bundle.folder, threads=1, profile="fused")
-    low = Runtime.open(bundle.folder, precision, threads=1, profile="fused")
+def test_few_bits_keep_the_memories(bundle: Bundle, profile: str, precision: str, limit: float) -> None:
+    full = Runtime.open(bundle.folder, threads=1, profile=profile)
+    low = Runtime.open(bundle.folder, precision, threads=1, profile=profile)
     ids = [BOS, *range(40, 60)]
     for memory in bundle.memories:
         a = torch.tensor(full.logits(ids, memory)).log_softmax(-1)
@@ -138,6 +152,23 @@ def test_profiles_share_their_weights(bundle: Bundle) -> None:
         size = {stem: (bundle.folder / f"onnx/{stem}{name}.onnx.data").stat().st_size
                 for stem in ("model", "fused")}  # fmt: skip
         assert size["fused"] < size["model"] / 4, size  # the rotation of 128 positions, in pages
+        assert not (bundle.folder / f"onnx/in_place{name}.onnx.data").exists()
+
+
+def test_a_cache_grows_where_it_stands(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("koff_export.cached._STEP", 2)
+    fused = Runtime.open(bundle.folder, threads=1, profile="fused")
+    in_place = Runtime.open(bundle.folder, threads=1)
+    assert in_place.profile == "in_place", "the fastest is what runs by default"
+    for memory in bundle.memories:
+        wanted = list(fused.generate_tokens([BOS, 40, 41], memory, 40))
+        assert list(in_place.generate_tokens([BOS, 40, 41], memory, 40)) == wanted
+    in_place.evict("both")  # while a text still needs it
+    cache = in_place.cache("both")
+    for _ in range(2):
+        in_place.evict("both")
+        gc.collect()
+        cache.read(np.array([[40]]), np.ones((1, 1), np.int64), np.zeros((1, 1), np.int64))
 
 
 def test_the_graph_is_made_of_fused_operators(bundle: Bundle) -> None:
@@ -154,14 +185,17 @@ def test_the_profile_is_chosen(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
 
     default = answer(bundle.folder)
     assert default[0] == 0
-    assert answer(bundle.folder, "--profile", "fused") == answer(bundle.folder, "--profile", "portable")
+    for profile in ("portable", "fused", "in_place"):
+        assert answer(bundle.folder, "--profile", profile) == default
     copy = Path(shutil.copytree(bundle.folder, tmp_path / "copy"))
     manifest = json.loads((copy / "koff.json").read_text())
-    (copy / "onnx/fused.onnx").unlink()
+    (copy / "onnx/in_place.onnx").unlink()
     code, _, error = answer(copy)
-    assert code == 2 and "fused.onnx" in error, "the fused graph is what runs by default"
+    assert code == 2 and "in_place.onnx" in error, "the fastest graph is what runs by default"
     assert answer(copy, "--profile", "portable") == default
-    del manifest["graph"]["fused"], manifest["format"], manifest["files"]
+    for key in FUSED:
+        del manifest["graph"][key]
+    del manifest["format"], manifest["files"]
     write_manifest(copy, manifest)
     assert answer(copy) == default
     code, _, error = answer(copy, "--profile", "fused")
