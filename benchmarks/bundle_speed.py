@@ -31,47 +31,38 @@ BATCHES = (1, 8)
 TURN = 4  # tokens before the next one is at it
 BITS = {"int8": 8, "int4": 4}
 
-Case = tuple[str, str | None]  # a graph, or a folder that onnxruntime-genai opens; a memory's file
+# A bundle, profile, precision and memory; or a folder that onnxruntime-genai opens, and three times nothing.
+Case = tuple[str, str | None, str | None, str | None]
 
 
 class Graph:
-    """One open graph, with a memory or without."""
+    """One open graph, with a memory or without, as `koff-run` runs it."""
 
-    def __init__(self, path: str, adapter: str | None, threads: int) -> None:
+    def __init__(self, folder: str, profile: str, precision: str, memory: str | None, threads: int) -> None:
         """Opens it; how long that took is in `told`."""
         import numpy as np
-        import onnxruntime as ort
 
-        self.np, self.ort = np, ort
-        options = ort.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 4, threads
+        from koff_export.runtime import Runtime
+
+        self.np, self.memory = np, memory
         begun = time.perf_counter()
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.runtime = Runtime.open(folder, precision, verify=False, threads=threads or None, profile=profile)
         self.told = {"open_s": time.perf_counter() - begun}
-        self.run = ort.RunOptions()
-        if adapter:
+        if memory:
             begun = time.perf_counter()
-            self.adapter = ort.LoraAdapter()  # the options do not keep it alive
-            self.adapter.Load(adapter)
-            self.run.add_active_adapter(self.adapter)
+            self.runtime.memory(memory)
             self.told["swap_ms"] = (time.perf_counter() - begun) * 1e3
-        self.outputs = [o.name for o in self.session.get_outputs()]
-        self.empty = {
-            i.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32))
-            for i in self.session.get_inputs() if i.name.startswith("past_key_values")
-        }  # fmt: skip
-        self.past: dict[str, Any] = {}
 
     def prefill(self, prompt: int) -> None:
         """Reads a prompt of so many tokens, one row."""
-        self.past, self.length, self.batch = self.empty, 0, 1
+        self.cache, self.length, self.batch = self.runtime.cache(self.memory), 0, 1
         self._call(self.np.random.default_rng(0).integers(3, 250, (1, prompt)))
 
     def widen(self, batch: int) -> None:
         """Makes the text so many equal ones."""
-        value = self.ort.OrtValue.ortvalue_from_numpy
-        self.past = {n: value(self.np.repeat(v.numpy(), batch, 0)) for n, v in self.past.items()}
-        self.batch = batch
+        one, self.batch = self.cache, batch
+        self.cache = self.runtime.cache(self.memory, batch)
+        self.cache.join([one] * batch)
 
     def decode(self, tokens: int) -> None:
         """Reads so many more, one at a time."""
@@ -80,14 +71,9 @@ class Graph:
 
     def _call(self, ids: Any) -> None:
         end = self.length + ids.shape[1]
-        feeds = {
-            "input_ids": ids.astype(self.np.int64),
-            "attention_mask": self.np.ones((len(ids), end), self.np.int64),
-            "position_ids": self.np.arange(self.length, end)[None].repeat(len(ids), 0),
-        }
-        values = {name: self.ort.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
-        result = self.session.run_with_ort_values(self.outputs, {**values, **self.past}, self.run)
-        self.past, self.length = dict(zip(self.past, result[1:], strict=True)), end
+        positions = self.np.arange(self.length, end)[None].repeat(len(ids), 0)
+        self.cache.read(ids.astype(self.np.int64), self.np.ones((len(ids), end), self.np.int64), positions)
+        self.length = end
 
 
 class Genai:
@@ -126,8 +112,10 @@ class Genai:
 def race(cases: dict[str, Case], tokens: int, rounds: int, threads: int) -> list[dict[str, dict[str, float]]]:
     """Seconds by case and measure, of every round. All cases are open at once and take turns."""
     opened: dict[str, Any] = {
-        name: Graph(path, adapter, threads) if path.endswith(".onnx") else Genai(path, threads)
-        for name, (path, adapter) in cases.items()
+        name: Graph(folder, profile, precision, memory, threads)
+        if profile and precision
+        else Genai(folder, threads)
+        for name, (folder, profile, precision, memory) in cases.items()
     }
 
     def timed(row: dict[str, float], key: str, work: Callable[[], None]) -> None:
@@ -157,9 +145,10 @@ def race(cases: dict[str, Case], tokens: int, rounds: int, threads: int) -> list
     return found
 
 
-def footprint(path: str, adapter: str | None, threads: int) -> dict[str, float]:
+def footprint(case: Case, threads: int) -> dict[str, float]:
     """Seconds to open a graph, milliseconds to open a memory, and the process's peak of memory."""
-    graph = Graph(path, adapter, threads)
+    folder, profile, precision, memory = case
+    graph = Graph(folder, str(profile), str(precision), memory, threads)
     graph.prefill(16)
     graph.decode(2)
     status = Path("/proc/self/status")
@@ -175,41 +164,52 @@ def in_a_process(kind: str, *arguments: Any) -> Any:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def size_mb(graph: Path) -> float:
-    """Of a graph with the data beside it; most weights of a fused one are in the portable one's data."""
-    return sum(p.stat().st_size for p in graph.parent.glob(f"{graph.name}*")) / 1e6
-
-
-def dense_graphs(run: Path) -> dict[str, dict[str, Path]]:
-    """The dense model's graphs with the slots, profiles and precisions of the run's bundle."""
+def size_mb(case: Case) -> float:
+    """Of a graph and all the files that its weights lie in."""
     from koff_export.bundle import open_manifest
+    from koff_export.graph import check_onnx
+
+    folder, profile, precision, _ = case
+    graph = open_manifest(Path(folder)).graph
+    assert graph is not None
+    path = Path(folder) / graph.profiles[str(profile)][str(precision)]
+    return sum(p.stat().st_size for p in (path, *check_onnx(path, Path(folder)))) / 1e6
+
+
+def dense_graphs(run: Path) -> Path:
+    """The dense model with the slots, profiles and precisions of the run's bundle: a bundle of its own."""
+    from koff_export.bundle import open_manifest, write_manifest
     from koff_export.fused import export_fused
     from koff_export.onnx import export_onnx
     from koff_export.quantize import quantize
     from koff_prune.run import finished_run
 
-    graph = open_manifest(run / "bundle").graph
+    slim = open_manifest(run / "bundle")
+    graph = slim.graph
     assert graph is not None
     folder = run / "dense-onnx"
+    if (folder / "koff.json").exists():
+        return folder
     modules = [i.removesuffix(".lora_A.weight") for i in graph.inputs if i.endswith(".lora_A.weight")]
-    paths = {
-        profile: {name: folder / path for name, path in table.items()}
-        for profile, table in graph.profiles.items()
-    }
-    if any(not table["fp32"].exists() for table in paths.values()):
-        with finished_run(run) as opened:
-            model = opened.dense.model.float()
-            portable = paths["portable"]["fp32"]
-            if not portable.exists():
-                export_onnx(model, folder, lora_modules=modules, progress=print)
-            if "fused" in paths:
-                export_fused(model, paths["fused"]["fp32"], portable)
-    for profile, table in paths.items():
-        for name, path in table.items():
-            if not path.exists():
-                beside = paths["portable"][name] if profile == "fused" else None
-                quantize(table["fp32"], path, BITS[name], beside)
-    return paths
+    portable = folder / graph.precisions["fp32"]
+    with finished_run(run) as opened:
+        model = opened.dense.model.float()
+        info = export_onnx(model, folder, lora_modules=modules, progress=print)
+        if graph.fused:
+            export_fused(model, folder / graph.fused["fp32"], portable)
+        if graph.in_place:
+            export_fused(model, folder / graph.in_place["fp32"], folder / graph.fused["fp32"], in_place=True)
+    for name in graph.precisions.keys() - {"fp32"}:
+        beside = None
+        for table in graph.profiles.values():
+            quantize(folder / table["fp32"], folder / table[name], BITS[name], beside)
+            beside = folder / table[name]
+    paths = {"precisions": graph.precisions, "fused": graph.fused, "in_place": graph.in_place}
+    told = {**vars(info), **{key: table for key, table in paths.items() if table}}
+    write_manifest(folder, {
+        "window": slim.window, "bos": slim.bos, "eos": slim.eos, "domains": {}, "graph": told,
+    })  # fmt: skip
+    return folder
 
 
 def genai_build(run: Path) -> Path:
@@ -281,8 +281,7 @@ def compare(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     manifest = open_manifest(run / "bundle")
     assert manifest.graph is not None
     name, told = next(iter(manifest.domains.items()))
-    adapter = str(run / "bundle" / str(told.adapter))
-    dense = dense_graphs(run)
+    dense = str(dense_graphs(run))
     genai = genai_build(run) if args.genai else None
     result: dict[str, Any] = {
         "parameters": manifest.parameters,
@@ -292,28 +291,28 @@ def compare(run: Path, args: argparse.Namespace) -> dict[str, Any]:
         "races": {},
         "footprint": {},
     }
+    slim, merged = str(run / "bundle"), run / f"bundle-{name}"
     for precision in args.precision or manifest.graph.precisions:
         races: dict[str, dict[str, Case]] = {}
-        for profile, table in manifest.graph.profiles.items():
-            slim, merged = run / "bundle" / table[precision], run / f"bundle-{name}" / table[precision]
+        for profile in manifest.graph.profiles:
             races[profile] = {
-                "dense": (str(dense[profile][precision]), None),
-                "slim": (str(slim), None),
-                "slim+memory": (str(slim), adapter),
-                **({"merged": (str(merged), None)} if merged.exists() else {}),
+                "dense": (dense, profile, precision, None),
+                "slim": (slim, profile, precision, None),
+                "slim+memory": (slim, profile, precision, name),
             }
+            if (merged / "koff.json").exists():  # its own KV has no place in a cache: fused at best
+                best = profile if profile != "in_place" else "fused"
+                races[profile]["merged"] = (str(merged), best, precision, None)
             result["footprint"][f"{precision} {profile}"] = {
-                case: {
-                    "file_mb": size_mb(Path(path)),
-                    **in_a_process("footprint", path, memory, args.threads),
-                }
-                for case, (path, memory) in races[profile].items()
+                label: {"file_mb": size_mb(case), **in_a_process("footprint", case, args.threads)}
+                for label, case in races[profile].items()
             }
-        if "fused" in races:
+        if len(races) > 1:
             races["profiles"] = {profile: races[profile]["slim"] for profile in manifest.graph.profiles}
             if genai and precision == "int4":
-                fused = {f"fused {case}": graph for case, graph in races["fused"].items()}
-                races["genai"] = {"genai dense": (str(genai), None), **fused}
+                best = [*manifest.graph.profiles][-1]
+                ours = {f"{best} {label}": case for label, case in races[best].items()}
+                races["genai"] = {"genai dense": (str(genai), None, None, None), **ours}
         for race_name, cases in races.items():
             rounds = in_a_process("race", cases, args.tokens, args.rounds, args.threads)
             found = result["races"][f"{precision} {race_name}"] = tell(rounds, args.tokens)
