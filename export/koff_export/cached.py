@@ -61,12 +61,17 @@ class CacheInPlace:
 
     def __init__(self, runtime: Runtime, memory: str | None, rows: int = 1) -> None:
         self.runtime, self.rows = runtime, rows
-        lora, kv = runtime.tensors(memory)
-        self.front = self.length = next(iter(kv.values())).shape[2] if kv else 0
         self._binding = runtime.io_binding()
-        for name, value in lora.items():
-            self._binding.bind_ortvalue_input(name, value)
-        self._kept: list[object] = [lora]  # the binding does not keep them alive
+        # the binding keeps nothing alive: neither this nor the blocks
+        self._adapter = None if memory is None else runtime.adapter(memory)
+        kv = {}
+        for name, value in self._adapter.tensors.items() if self._adapter else ():
+            if name.startswith("memory."):
+                kv[name] = value.numpy()
+            else:
+                self._binding.bind_ortvalue_input(name, value)
+        self.front = self.length = next(iter(kv.values())).shape[2] if kv else 0
+        self._blocks: list[object] = []
         self._past = {
             name: np.repeat(kv.get(_slot(name), empty.numpy()), rows, 0)
             for name, empty in runtime.empty_cache.items()
@@ -100,14 +105,14 @@ class CacheInPlace:
     def _grow(self, least: int) -> None:
         """Moves what was read into a larger block: twice as large, so that a long text is copied seldom."""
         self._capacity = max(least + _STEP, 2 * self._capacity)
-        del self._kept[1:]
+        self._blocks.clear()
         for name, old in self._past.items():
             rows, heads, _, size = old.shape
             block = np.zeros((rows, heads, self._capacity, size), old.dtype)
             block[:, :, : self.length] = old[:, :, : self.length]
             value = _VALUE(block)
             self._past[name] = block
-            self._kept += [block, value]
+            self._blocks += [block, value]
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
 

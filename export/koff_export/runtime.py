@@ -151,19 +151,14 @@ class Runtime:
         """Options for calls with `memory` attached, or for the bare backbone."""
         options = Options()
         if memory is not None:
-            self.memory(memory)
-            options.adapter = self._adapters[memory].loaded
+            options.adapter = self.adapter(memory).loaded
             options.add_active_adapter(options.adapter)
         return options
 
-    def tensors(self, memory: str | None) -> tuple[dict[str, ort.OrtValue], dict[str, np.ndarray]]:
-        """A memory's LoRA, and its learned KV, [1, kv_heads, P, head_dim], each by the name of its slot."""
-        if memory is None:
-            return {}, {}
+    def adapter(self, memory: str) -> Adapter:
+        """A memory's parts, read from the disk where they are not at hand."""
         self.memory(memory)
-        tensors = self._adapters[memory].tensors
-        kv = {name: value.numpy() for name, value in tensors.items() if name.startswith("memory.")}
-        return {name: value for name, value in tensors.items() if name not in kv}, kv
+        return self._adapters[memory]
 
     def cache(self, memory: str | None, rows: int = 1) -> Cache:
         """An empty cache for texts read with `memory`."""
