@@ -300,9 +300,8 @@ def compare(run: Path, args: argparse.Namespace) -> dict[str, Any]:
                 "slim": (slim, profile, precision, None),
                 "slim+memory": (slim, profile, precision, name),
             }
-            if (merged / "koff.json").exists():  # its own KV has no place in a cache: fused at best
-                best = profile if profile != "in_place" else "fused"
-                races[profile]["merged"] = (str(merged), best, precision, None)
+            if (merged / "koff.json").exists():
+                races[profile]["merged"] = (str(merged), profile, precision, None)
             result["footprint"][f"{precision} {profile}"] = {
                 label: {"file_mb": size_mb(case), **in_a_process("footprint", case, args.threads)}
                 for label, case in races[profile].items()

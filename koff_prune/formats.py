@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from koff_export.bundle import MERGED_KV
 from koff_prune.cut import load_backbone
 from koff_prune.memory import load_memory, memory_of_folder
 from koff_prune.progress import say
@@ -54,7 +55,7 @@ def write_onnx(
         merged: The domain whose LoRA the backbone already has and whose KV, if any, the graph is to hold.
     """
     from koff_export.fused import check_fused, export_fused
-    from koff_export.onnx import export_onnx, write_required
+    from koff_export.onnx import export_onnx, write_adapter, write_required
     from koff_export.quantize import quantize
 
     model = load_backbone(folder)
@@ -79,9 +80,10 @@ def write_onnx(
         say("writing the fused graph")
         export_fused(model, folder / "onnx/fused.onnx", folder / "onnx/model.onnx", baked=baked)
         profiles["fused"] = told["fused"] = _paths("fused", few)
-        if merged is None:
-            export_fused(model, folder / "onnx/in_place.onnx", folder / "onnx/fused.onnx", in_place=True)
-            profiles["in_place"] = told["in_place"] = _paths("in_place", few)
+        export_fused(model, folder / "onnx/in_place.onnx", folder / "onnx/fused.onnx", in_place=True)
+        profiles["in_place"] = told["in_place"] = _paths("in_place", few)
+        if baked is not None and baked[0][0].shape[1] > 0:
+            write_adapter(folder / MERGED_KV, {}, baked)
     del model
     for name, bits in few.items():
         say(f"quantising to {name}")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from model_helpers import tiny_config
-from run_helpers import recipe_of
+from run_helpers import koff_prune, recipe_of
 
+from koff_export.errors import KoffError
 from koff_export.genai import write_genai_config
 from koff_export.runtime import Runtime
 
@@ -66,3 +67,22 @@ def test_layers_of_unlike_heads_get_no_config(tmp_path: Path) -> None:
     }
     assert not write_genai_config(tmp_path, manifest)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_memory_is_in_every_graph(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", place / "recipe.yaml", "--out", place / "run", "--resume", "--merge", "law"]
+    assert koff_prune(capsys, *command).code == 0
+    merged = place / "run" / "bundle-law"
+    answer = koff_prune(capsys, "verify", merged)
+    assert answer.code == 0, answer.err
+    whole = Runtime.open(place / "run" / "bundle", profile="portable")
+    ids = whole.encode("the court")
+    wanted = list(whole.generate_tokens(ids, "law", 16))
+    profiles = whole.manifest.graph.profiles  # type: ignore[union-attr]
+    assert {*profiles} in ({"portable"}, {"portable", "fused", "in_place"})
+    for profile in profiles:
+        assert list(Runtime.open(merged, profile=profile).generate_tokens(ids, None, 16)) == wanted, profile
+    if "in_place" in profiles:
+        (merged / "onnx/merged.onnx_adapter").write_bytes(b"another")
+        with pytest.raises(KoffError, match=r"merged\.onnx_adapter"):
+            Runtime.open(merged).logits(ids)

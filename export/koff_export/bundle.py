@@ -14,6 +14,7 @@ from koff_export.files import read_json, safe_join, sha256_file, write_json
 
 FORMAT = 1
 MANIFEST = "koff.json"
+MERGED_KV = "onnx/merged.onnx_adapter"  # what a merged bundle's cache in place begins with
 # Kinds of file a bundle may hold. What is not here (pickles, scripts, libraries) could run code when opened.
 _SUFFIXES = (
     ".json",

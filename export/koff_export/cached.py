@@ -63,7 +63,7 @@ class CacheInPlace:
         self.runtime, self.rows = runtime, rows
         self._binding = runtime.io_binding()
         # the binding keeps nothing alive: neither this nor the blocks
-        self._adapter = None if memory is None else runtime.adapter(memory)
+        self._adapter = runtime.adapter(memory)
         kv = {}
         for name, value in self._adapter.tensors.items() if self._adapter else ():
             if name.startswith("memory."):

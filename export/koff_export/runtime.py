@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from koff_export.adapter import Adapter, Options, open_adapter
-from koff_export.bundle import Manifest, check_file, open_manifest
+from koff_export.bundle import MERGED_KV, Manifest, check_file, open_manifest
 from koff_export.cached import Cache, CachedText, CacheInPlace, CacheOfGraph
 from koff_export.errors import KoffError
 from koff_export.files import safe_join
@@ -151,14 +151,30 @@ class Runtime:
         """Options for calls with `memory` attached, or for the bare backbone."""
         options = Options()
         if memory is not None:
-            options.adapter = self.adapter(memory).loaded
+            self.memory(memory)
+            options.adapter = self._adapters[memory].loaded
             options.add_active_adapter(options.adapter)
         return options
 
-    def adapter(self, memory: str) -> Adapter:
-        """A memory's parts, read from the disk where they are not at hand."""
-        self.memory(memory)
-        return self._adapters[memory]
+    def adapter(self, memory: str | None) -> Adapter | None:
+        """A memory's parts, read from the disk where they are not at hand; of none, the merged learned KV.
+
+        Raises:
+            KoffError: as `memory`.
+        """
+        if memory is not None:
+            self.memory(memory)
+        elif not self.kv_tokens(None):
+            return None
+        elif "" not in self._adapters:
+            path = self._file(MERGED_KV)
+            if path is None:
+                raise KoffError(f"the bundle lists no {MERGED_KV}: fetch it again")
+            merged = open_adapter(path, str(self.manifest.merged), self._slots)
+            if merged.kv_tokens != self.kv_tokens(None):
+                raise KoffError(f"{MERGED_KV} is not as koff.json says: fetch it again")
+            self._adapters[""] = merged
+        return self._adapters[memory or ""]
 
     def cache(self, memory: str | None, rows: int = 1) -> Cache:
         """An empty cache for texts read with `memory`."""

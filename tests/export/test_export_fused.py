@@ -26,7 +26,7 @@ from export_helpers import (
 )
 from transformers import PreTrainedModel
 
-from koff_export.bundle import write_manifest
+from koff_export.bundle import MERGED_KV, write_manifest
 from koff_export.cli import main
 from koff_export.errors import KoffError
 from koff_export.fused import check_fused, export_fused
@@ -203,18 +203,22 @@ def test_the_profile_is_chosen(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("length", [0, 5])
-def test_a_baked_memory_needs_no_slots(length: int, tmp_path: Path) -> None:
+def test_a_baked_memory_needs_no_slots(length: int, profile: str, tmp_path: Path) -> None:
     model = tiny_model("qwen3")
     kv = random_kv(model, length, 3)
     info = export_onnx(model, tmp_path, lora_modules=[], baked=kv)
     export_fused(model, tmp_path / "onnx/fused.onnx", tmp_path / "onnx/model.onnx", baked=kv)
-    graph = {**vars(info), "precisions": {"fp32": "onnx/model.onnx"}, "fused": {"fp32": "onnx/fused.onnx"}}
+    export_fused(model, tmp_path / "onnx/in_place.onnx", tmp_path / "onnx/fused.onnx", in_place=True)
+    if length:
+        write_adapter(tmp_path / MERGED_KV, {}, kv)
+    graph = {**vars(info), "precisions": {"fp32": "onnx/model.onnx"}}
+    graph |= {profile: {"fp32": f"onnx/{profile}.onnx"} for profile in FUSED}
     told = {"law": {"kv_tokens": length}}
     manifest = {"window": WINDOW, "bos": BOS, "eos": [], "domains": told, "graph": graph, "merged": "law"}
     write_manifest(tmp_path, manifest)
     ids = [BOS, *range(40, 60)]
     want = torch_logits(model, torch.tensor([ids]), kv=kv if length else None)[0].numpy()
-    fused = Runtime.open(tmp_path, threads=1, profile="fused")
+    fused = Runtime.open(tmp_path, threads=1, profile=profile)
     assert np.abs(fused.logits(ids) - want).max() < 1e-3
     tokens = list(fused.generate_tokens(ids, None, 6))
     portable = Runtime.open(tmp_path, threads=1, profile="portable")
