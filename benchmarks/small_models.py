@@ -1,6 +1,6 @@
 """Trains the small dense models of recipes/small from scratch: own BPE, Llama or Qwen3 of 1.2 M parameters.
 
-python benchmarks/small_models.py recipes/small/llama.yaml --seed 0 [--tokens 3000000]
+python benchmarks/small_models.py recipes/small/llama.yaml --seed 0 [--tokens 2000000]
 
 The texts are the training side of the recipe's domains, in equal shares; what is held out is never seen. The
 model goes where the recipe looks for it: runs/small/<family>-<seed>/, with its losses in training.json.
@@ -98,7 +98,7 @@ def main() -> None:
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=3_000_000)
+    parser.add_argument("--tokens", type=int, default=2_000_000)
     args = parser.parse_args()
     recipe = load_recipe(args.recipe)
     assert isinstance(recipe.model.source, str)
