@@ -30,6 +30,9 @@ class Cache(Protocol):
     def join(self, caches: Sequence[Any]) -> None:
         """Takes over caches of this kind, of one row each and of one length."""
 
+    def rewind(self, length: int) -> None:
+        """Forgets all but so many tokens of text."""
+
 
 class CacheOfGraph:
     """For graphs with slots: a call takes a cache and hands back a longer one."""
@@ -51,6 +54,11 @@ class CacheOfGraph:
         """See `Cache`."""
         for name in self.past:
             self.past[name] = _VALUE(np.concatenate([cache.past[name].numpy() for cache in caches]))
+
+    def rewind(self, length: int) -> None:
+        """See `Cache`."""
+        kept = {name: np.ascontiguousarray(v.numpy()[:, :, :length]) for name, v in self.past.items()}
+        self.past = {name: _VALUE(array) for name, array in kept.items()}
 
 
 class CacheInPlace:
@@ -102,6 +110,10 @@ class CacheInPlace:
             self._past[name] = np.concatenate([cache._past[name][:, :, : self.length] for cache in caches])
         self._grow(self.length)
 
+    def rewind(self, length: int) -> None:
+        """See `Cache`."""
+        self.length = self.front + length
+
     def _grow(self, least: int) -> None:
         """Moves what was read into a larger block: twice as large, so that a long text is copied seldom."""
         self._capacity = max(least + _STEP, 2 * self._capacity)
@@ -118,21 +130,30 @@ class CacheInPlace:
 
 
 class CachedText:
-    """One text on its way through the graph: its cache, and how many tokens it holds."""
+    """One text on its way through the graph: its tokens so far, and their cache."""
 
     def __init__(self, runtime: Runtime, memory: str | None) -> None:
+        self.memory = memory
         self.cache: Cache = runtime.cache(memory)
-        self.length = 0
+        self.tokens: list[int] = []
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
         """Appends `tokens`; returns their logits, float32 [len(tokens), vocabulary]."""
-        end = self.length + len(tokens)
-        positions = np.arange(self.length, end, dtype=np.int64)[None]
-        logits = self.cache.read(
-            np.array([tokens], dtype=np.int64), np.ones((1, end), dtype=np.int64), positions
-        )
-        self.length = end
+        start, end = len(self.tokens), len(self.tokens) + len(tokens)
+        mask, positions = np.ones((1, end), np.int64), np.arange(start, end, dtype=np.int64)[None]
+        logits = self.cache.read(np.array([tokens], dtype=np.int64), mask, positions)
+        self.tokens += tokens
         return logits[0].astype(np.float32, copy=False)
+
+    def turn_to(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Forgets all but what `tokens` begin with; returns those still to be read, at least the last one."""
+        common = 0
+        while common < min(len(self.tokens), len(tokens) - 1) and self.tokens[common] == tokens[common]:
+            common += 1
+        if common < len(self.tokens):
+            self.cache.rewind(common)
+            del self.tokens[common:]
+        return tokens[common:]
 
 
 def _feeds(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from koff_export.errors import KoffError
 from koff_export.router import AUTO, BARE, route
 
 if TYPE_CHECKING:
+    from koff_export.cached import CachedText
     from koff_export.runtime import Runtime
 
 
@@ -177,6 +178,9 @@ class _Session:
         self.memory: str | None = args.memory
         self.template = runtime.chat_template() if args.chat else None
         self.messages: list[dict[str, str]] = []
+        self.text: CachedText | None = (
+            None  # of a conversation: its beginning is not read again at every turn
+        )
 
     def switch(self, name: str) -> None:
         if name not in (BARE, AUTO):
@@ -197,6 +201,10 @@ class _Session:
         if self.template is not None:
             self.messages.append({"role": "user", "content": prompt})
             prompt = self.template.render(self.messages)
+            from koff_export.cached import CachedText
+
+            if self.text is None or self.text.memory != memory:
+                self.text = CachedText(self.runtime, memory)
         pieces = self.runtime.generate(
             prompt,
             memory,
@@ -206,6 +214,7 @@ class _Session:
             top_p=args.top_p,
             seed=args.seed,
             stop=args.stop,
+            text=self.text,
         )
         said = ""
         for piece in pieces:

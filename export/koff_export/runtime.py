@@ -178,7 +178,11 @@ class Runtime:
 
     def cache(self, memory: str | None, rows: int = 1) -> Cache:
         """An empty cache for texts read with `memory`."""
-        return (CacheInPlace if self.profile == "in_place" else CacheOfGraph)(self, memory, rows)
+        return (
+            CacheInPlace(self, memory, rows)
+            if self.profile == "in_place"
+            else CacheOfGraph(self, memory, rows)
+        )
 
     def run(self, feeds: dict[str, ort.OrtValue], options: ort.RunOptions) -> list[ort.OrtValue]:
         """One call of the graph. Outputs: logits, then present.{i}.key and .value of every layer."""
@@ -256,6 +260,7 @@ class Runtime:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        text: CachedText | None = None,
     ) -> Iterator[int]:
         """Yields new tokens after `ids`, until one of the manifest's `eos` (not yielded).
 
@@ -269,29 +274,30 @@ class Runtime:
             top_k: Draw among this many likeliest; 0 for all.
             top_p: Draw among the likeliest that together reach this probability.
             seed: Makes draws repeatable.
+            text: Read before with the same memory, such as a conversation so far: what it has in common with
+                `ids` is not read again, and it goes on with them and the answer.
 
         Raises:
             KoffError: an unknown memory, no tokens, or tokens that do not fit.
         """
         check_sampling(temperature, top_k, top_p, max_new_tokens)
         self.check_tokens(ids, memory)
-        return self._generate(
-            ids, memory, max_new_tokens, temperature, top_k, top_p, np.random.default_rng(seed)
-        )
+        text = CachedText(self, memory) if text is None else text
+        room = self.room(ids, memory, max_new_tokens)
+        return self._generate(text, ids, room, temperature, top_k, top_p, np.random.default_rng(seed))
 
     def _generate(
         self,
+        text: CachedText,
         ids: Sequence[int],
-        memory: str | None,
-        max_new_tokens: int,
+        room: int,
         temperature: float,
         top_k: int,
         top_p: float,
         random: np.random.Generator,
     ) -> Iterator[int]:
-        text = CachedText(self, memory)
-        pending = list(ids)
-        for _ in range(self.room(ids, memory, max_new_tokens)):
+        pending = text.turn_to(ids)
+        for _ in range(room):
             for at in range(0, len(pending), _CHUNK):
                 logits = text.read(pending[at : at + _CHUNK])
             token = pick(logits[-1], temperature, top_k, top_p, random)
@@ -332,6 +338,7 @@ class Runtime:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        text: CachedText | None = None,
     ) -> Iterator[str]:
         """Yields the answer to `prompt` as text, piece by piece, whole characters only.
 
@@ -343,8 +350,8 @@ class Runtime:
         from koff_export.text import stream_text, until_stop
 
         ids = self.encode(prompt)
-        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        tokens = self.generate_tokens(ids, memory, max_new_tokens, **sampling)
+        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        tokens = self.generate_tokens(ids, memory, max_new_tokens, **how, text=text)
         return until_stop(stream_text(self.tokenizer, ids, tokens), stop)
 
     # Scores

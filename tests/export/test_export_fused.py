@@ -27,6 +27,7 @@ from export_helpers import (
 from transformers import PreTrainedModel
 
 from koff_export.bundle import MERGED_KV, write_manifest
+from koff_export.cached import CachedText
 from koff_export.cli import main
 from koff_export.errors import KoffError
 from koff_export.fused import check_fused, export_fused
@@ -169,6 +170,29 @@ def test_a_cache_grows_where_it_stands(bundle: Bundle, monkeypatch: pytest.Monke
         in_place.evict("both")
         gc.collect()
         cache.read(np.array([[40]]), np.ones((1, 1), np.int64), np.zeros((1, 1), np.int64))
+
+
+@pytest.mark.parametrize("profile", ["portable", *FUSED])
+def test_a_conversation_is_not_read_again(
+    bundle: Bundle, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime.open(bundle.folder, threads=1, profile=profile)
+    first, text = [BOS, *range(30, 50)], CachedText(runtime, "both")
+    answer = list(runtime.generate_tokens(first, "both", 6, text=text))
+    assert answer == list(runtime.generate_tokens(first, "both", 6))
+    read: list[int] = []
+    monkeypatch.setattr(
+        CachedText, "read", lambda self, ids, was=CachedText.read: read.extend(ids) or was(self, ids)
+    )
+    for more in ([60, 61], [70]):  # the second time, another turn in the place of the first
+        turn = [*first, *answer, *more]
+        wanted = list(runtime.generate_tokens(turn, "both", 6))
+        read.clear()
+        assert list(runtime.generate_tokens(turn, "both", 6, text=text)) == wanted
+        assert read[:-5] == [answer[-1], *more] if more == [60, 61] else read[:-5] == more
+    read.clear()
+    assert list(runtime.generate_tokens(first, "both", 6, text=text)) == answer
+    assert read[0] == first[-1], "the last token's logits are asked for again"
 
 
 def test_the_graph_is_made_of_fused_operators(bundle: Bundle) -> None:
