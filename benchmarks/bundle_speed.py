@@ -189,7 +189,9 @@ def dense_graphs(run: Path) -> Path:
     assert graph is not None
     folder = run / "dense-onnx"
     if (folder / "koff.json").exists():
-        return folder
+        there = open_manifest(folder).graph
+        if there and (there.profiles, there.inputs) == (graph.profiles, graph.inputs):
+            return folder
     modules = [i.removesuffix(".lora_A.weight") for i in graph.inputs if i.endswith(".lora_A.weight")]
     portable = folder / graph.precisions["fp32"]
     with finished_run(run) as opened:

@@ -80,8 +80,11 @@ class _MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of both."""
+        """One step of both, at the rates that the schedule has set here."""
+        groups = iter(self.param_groups)
         for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = next(groups)["lr"]
             part.step()
 
 

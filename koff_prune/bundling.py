@@ -52,6 +52,8 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
         "export": recipe.export.model_dump(mode="json"),
         **({"merge": merge} if merge else {}),
     }
+    if "fused" in recipe.export.onnx.profiles:
+        stamp["export"]["onnx"]["profiles"].append("in_place")  # bundles made before it was there lack it
     if recipe.export.onnx.profiles == ["portable"]:
         del stamp["export"]["onnx"]["profiles"]  # bundles made before there was a choice do not name it
     if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get(
@@ -195,10 +197,9 @@ def verify(folder: str | Path) -> dict[str, Any]:
     }
     for name in manifest.domains:
         result["memories"][name] = kind_of(load_memory(folder / "memories" / name))
-        attached = attach_memory(model, folder / "memories" / name)
-        model = attached.unwrap()
+        model = attach_memory(model, folder / "memories" / name).unwrap()
     if manifest.graph is not None:
-        del model
+        del model, units  # the comparison holds one model at a time
         result["onnx_logits"] = numerics(folder)
         for name, worst in result["onnx_logits"].items():
             if not worst <= TOLERANCE:

@@ -314,20 +314,20 @@ def main() -> None:
         what = (error.strerror or str(error)).lower()
         _fail(f"{where}{what}; nothing was lost, mend it and use --resume")
     except MemoryError:
-        _fail(OUT_OF_MEMORY)
+        _fail(OUT_OF_MEMORY, alone=True)
     except RuntimeError as error:  # torch's allocator on the CPU, and torch.OutOfMemoryError on a GPU
         if "allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
-        _fail(OUT_OF_MEMORY)
+        _fail(OUT_OF_MEMORY, alone=True)
     finally:
         if (ranks := sys.modules.get("koff_prune.ranks")) is not None:
             ranks.leave()
 
 
-def _fail(*lines: str) -> NoReturn:
-    """Ends with exit code 2; of several processes, those that did not see it happen leave the telling."""
+def _fail(*lines: str, alone: bool = False) -> NoReturn:
+    """Ends with exit code 2; of several processes, the first tells what befalls all (not: one `alone`)."""
     ranks = sys.modules.get("koff_prune.ranks")  # a recipe's mistake is told before torch is imported
-    if ranks.speaks() if ranks is not None else os.environ.get("RANK", "0") == "0":
+    if alone or ranks.speaks() if ranks is not None else os.environ.get("RANK", "0") == "0":
         for line in lines:
             print(f"error: {line}", file=sys.stderr)
     sys.exit(2)

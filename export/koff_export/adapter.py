@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,25 @@ class Adapter:
     """One memory in memory.
 
     Attributes:
-        loaded: As ONNX Runtime takes it for a call.
-        tensors: Its parts by the name of their slots.
         kv_tokens: Length P of its learned KV, 0 without one.
+        mapped: As ONNX Runtime takes it for a call, on the disk; not there with `tensors`.
+        tensors: Its parts by the name of their slots, if they were asked for.
         file: What the tensors lie in.
     """
 
-    loaded: ort.LoraAdapter
-    tensors: dict[str, ort.OrtValue]
     kv_tokens: int
-    file: ort.AdapterFormat
+    mapped: ort.LoraAdapter | None = None
+    tensors: Mapping[str, ort.OrtValue] = field(default_factory=dict)
+    file: ort.AdapterFormat | None = None
 
 
-def open_adapter(path: Path, name: str, slots: Mapping[str, Any]) -> Adapter:
+def open_adapter(path: Path, name: str, slots: Mapping[str, Any], parts: bool = False) -> Adapter:
     """Opens the memory `name`.
 
     Args:
         path: The `.onnx_adapter` file.
         name: The memory's name, for messages.
+        parts: Hold its tensors, instead of leaving them to ONNX Runtime.
         slots: The slots by name, as `InferenceSession.get_overridable_initializers` describes them.
 
     Raises:
@@ -51,8 +52,9 @@ def open_adapter(path: Path, name: str, slots: Mapping[str, Any]) -> Adapter:
         file = ort.AdapterFormat.read_adapter(str(path))
         parameters = file.get_parameters()
         found = {key: (value.shape(), value.data_type()) for key, value in parameters.items()}
-        adapter = ort.LoraAdapter()
-        adapter.Load(str(path))
+        if not parts:
+            adapter = ort.LoraAdapter()
+            adapter.Load(str(path))
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise KoffError(f"cannot read the memory {path}: {first_line(error)}") from error
     foreign = f"the memory {name!r} belongs to another backbone"
@@ -71,4 +73,5 @@ def open_adapter(path: Path, name: str, slots: Mapping[str, Any]) -> Adapter:
     partners |= {key.replace(".lora_B.", ".lora_A.") for key in halves}
     if partners != halves or (found.keys() & kv_slots) not in (set(), kv_slots):
         raise KoffError(f"the memory {name!r} is incomplete: fetch it again")
-    return Adapter(adapter, parameters, sizes.get("memory", 0), file)
+    length = sizes.get("memory", 0)
+    return Adapter(length, None, parameters, file) if parts else Adapter(length, adapter)

@@ -43,10 +43,10 @@ class _Rows:
             self.cache.join(caches)
         return last.astype(np.float32, copy=False)
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """The next token of every row."""
+    def append(self, tokens: Sequence[int], going: Sequence[bool]) -> None:
+        """The next token of every row; padding, which takes no position, where a row has come to its end."""
         self.pending = np.array(tokens, np.int64)[:, None]
-        self.mask = np.concatenate([self.mask, np.ones_like(self.pending)], 1)
+        self.mask = np.concatenate([self.mask, np.array(going, np.int64)[:, None]], 1)
 
 
 def generate_batch(
@@ -125,5 +125,5 @@ def _generate_rows(
             else:
                 answer.append(tokens[i])
                 going[i] = len(answer) < max_new_tokens[i]
-        rows.append(tokens)
+        rows.append(tokens, going)
     return answers

@@ -79,7 +79,7 @@ class CacheInPlace:
             else:
                 self._binding.bind_ortvalue_input(name, value)
         self.front = self.length = next(iter(kv.values())).shape[2] if kv else 0
-        self._blocks: list[object] = []
+        self._blocks: dict[str, ort.OrtValue] = {}
         self._past = {
             name: np.repeat(kv.get(_slot(name), empty.numpy()), rows, 0)
             for name, empty in runtime.empty_cache.items()
@@ -116,15 +116,15 @@ class CacheInPlace:
 
     def _grow(self, least: int) -> None:
         """Moves what was read into a larger block: twice as large, so that a long text is copied seldom."""
-        self._capacity = max(least + _STEP, 2 * self._capacity)
-        self._blocks.clear()
+        capacity = max(least + _STEP, 2 * self._capacity)
+        larger: dict[str, np.ndarray] = {}
         for name, old in self._past.items():
             rows, heads, _, size = old.shape
-            block = np.zeros((rows, heads, self._capacity, size), old.dtype)
-            block[:, :, : self.length] = old[:, :, : self.length]
-            value = _VALUE(block)
-            self._past[name] = block
-            self._blocks += [block, value]
+            larger[name] = np.zeros((rows, heads, capacity, size), old.dtype)
+            larger[name][:, :, : self.length] = old[:, :, : self.length]
+        self._capacity, self._past = capacity, larger  # all of it, or nothing if the memory does not do
+        self._blocks = {name: _VALUE(block) for name, block in larger.items()}
+        for name, value in self._blocks.items():
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
 
@@ -133,7 +133,7 @@ class CachedText:
     """One text on its way through the graph: its tokens so far, and their cache."""
 
     def __init__(self, runtime: Runtime, memory: str | None) -> None:
-        self.memory = memory
+        self.runtime, self.memory = runtime, memory
         self.cache: Cache = runtime.cache(memory)
         self.tokens: list[int] = []
 

@@ -289,6 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KoffError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("error: out of memory; shorten the text, or take a smaller --precision", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -7,7 +7,8 @@ and outputs are those of the portable graph (`koff_export.onnx.export_onnx`), so
 memories. The graph is written node by node, nothing is traced: an export takes seconds.
 
 The memory goes in front of the cached text as the past that GroupQueryAttention sees, and is cut off from
-what it hands back: the cache holds text only. Padding on the left is hidden by the attention bias.
+what it hands back: the cache holds text only. The in_place graph has no slots for it: there the cache holds
+memory and text. Padding on the left is hidden by the attention bias.
 
 Needs torch, transformers and onnx; imported only when exporting.
 """
@@ -59,7 +60,7 @@ def check_fused(config: Any) -> None:
     elif head_dim % 16:
         reason = f"wants heads of a multiple of 16, not of {head_dim}"
     if reason:
-        raise KoffError(f"export.onnx.profiles: fused {reason}; leave fused out: portable holds every model")
+        raise KoffError(f"export.onnx.profiles: fused {reason}; leave fused out")
 
 
 class _Graph:

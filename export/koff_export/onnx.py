@@ -162,6 +162,22 @@ def bake(model: onnx.ModelProto, kv: Sequence[Pair]) -> None:
     model.graph.input.extend(stay)
 
 
+def check_rotation(model: nn.Module) -> None:
+    """Refuses a rotation that changes with the length of the text, which a traced graph cannot follow.
+
+    Raises:
+        KoffError: there is one, with the mend.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if kind in ("dynamic", "longrope"):
+                raise KoffError(
+                    f"export.formats: onnx cannot hold the rotation {kind}, which depends on the text's"
+                    " length; leave onnx out"
+                )
+
+
 def export_onnx(
     model: PreTrainedModel,
     folder: str | Path,
@@ -189,7 +205,7 @@ def export_onnx(
         progress: Called with one line before each slow step.
 
     Raises:
-        KoffError: a module does not exist or is not linear, or the disk refuses.
+        KoffError: a module does not exist or is not linear, no graph holds the rotation, or the disk refuses.
     """
     say = progress or (lambda line: None)
     linears: list[nn.Linear] = []
@@ -201,6 +217,7 @@ def export_onnx(
         if not isinstance(linear, nn.Linear):
             raise KoffError(f"{name!r} is a {type(linear).__name__}: only linear layers take a LoRA slot")
         linears.append(linear)
+    check_rotation(model)
     layers = list(model.model.layers)
     head_dim = layers[0].self_attn.head_dim
     kv_heads = [layer.self_attn.k_proj.out_features // head_dim for layer in layers]

@@ -43,9 +43,10 @@ class Runtime:
         # length of the learned KV, by memory; "" is the bare graph's own
         within = manifest.domains.get(manifest.merged or "")
         self._kv_tokens: dict[str, int] = {"": within.kv_tokens if within else 0}
+        self.vocab_size = manifest.graph.vocab_size if manifest.graph else 0  # width of the logits
         self._tokenizer: Any = None
         self._outputs = [output.name for output in session.get_outputs()]
-        self.empty_cache, self._slots = check_session(session, manifest, profile)
+        self.empty_cache, self._slots, self._kv_slots = check_session(session, manifest, profile)
 
     @classmethod
     def open(
@@ -91,12 +92,6 @@ class Runtime:
         except UnicodeDecodeError as error:
             raise KoffError(f"{path} has names that are no text: fetch the bundle again") from error
 
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        assert self.manifest.graph is not None
-        return self.manifest.graph.vocab_size
-
     # Memories
 
     @property
@@ -111,8 +106,8 @@ class Runtime:
     def memory(self, name: str) -> None:
         """Loads a memory now, so that its first use does not wait for the disk.
 
-        ONNX Runtime keeps its file mapped until `evict`: replace that by renaming a new one over it
-        (`koff-prune memory` does), never by writing into it.
+        Its file stays mapped until `evict` (or read, for a cache in place): replace it by renaming a new one
+        over it, as `koff-prune memory` does, never by writing into it.
 
         Raises:
             KoffError: no such memory, or its file is damaged or belongs to another backbone.
@@ -128,7 +123,8 @@ class Runtime:
         path = safe_join(self.folder, relative)
         if relative in self.manifest.files or domain is not None:
             check_file(self.folder, self.manifest, relative, hashes=self._verify)
-        adapter = open_adapter(path, name, self._slots)
+        slots = self._slots if self.manifest.merged else {**self._slots, **self._kv_slots}
+        adapter = open_adapter(path, name, slots, self.profile == "in_place")
         if domain is not None and adapter.kv_tokens != domain.kv_tokens:
             raise KoffError(f"the memory {name!r} is not as koff.json says: fetch it again")
         self._kv_tokens[name] = adapter.kv_tokens
@@ -152,7 +148,7 @@ class Runtime:
         options = Options()
         if memory is not None:
             self.memory(memory)
-            options.adapter = self._adapters[memory].loaded
+            options.adapter = self._adapters[memory].mapped
             options.add_active_adapter(options.adapter)
         return options
 
@@ -164,13 +160,13 @@ class Runtime:
         """
         if memory is not None:
             self.memory(memory)
-        elif not self.kv_tokens(None):
-            return None
         elif "" not in self._adapters:
-            path = self._file(MERGED_KV)
+            path = self._file(MERGED_KV) if self.manifest.merged else None
             if path is None:
-                raise KoffError(f"the bundle lists no {MERGED_KV}: fetch it again")
-            merged = open_adapter(path, str(self.manifest.merged), self._slots)
+                if self.kv_tokens(None):
+                    raise KoffError(f"the bundle lists no {MERGED_KV}: fetch it again")
+                return None
+            merged = open_adapter(path, str(self.manifest.merged), self._kv_slots, parts=True)
             if merged.kv_tokens != self.kv_tokens(None):
                 raise KoffError(f"{MERGED_KV} is not as koff.json says: fetch it again")
             self._adapters[""] = merged
@@ -282,9 +278,11 @@ class Runtime:
         """
         check_sampling(temperature, top_k, top_p, max_new_tokens)
         self.check_tokens(ids, memory)
-        text = CachedText(self, memory) if text is None else text
-        room = self.room(ids, memory, max_new_tokens)
-        return self._generate(text, ids, room, temperature, top_k, top_p, np.random.default_rng(seed))
+        text = text or CachedText(self, memory)
+        if text.runtime is not self or text.memory != memory:
+            raise KoffError(f"text: was read with {text.memory or 'no memory'}; give one that memory read")
+        room, random = self.room(ids, memory, max_new_tokens), np.random.default_rng(seed)
+        return self._generate(text, ids, room, temperature, top_k, top_p, random)
 
     def _generate(
         self,

@@ -47,10 +47,14 @@ def open_session(path: Path, threads: int | None = None, mapped: bool = False) -
     options.log_severity_level = 4  # failures come back as exceptions; of optional slots it would warn
     if threads is not None:
         options.intra_op_num_threads = threads
-    if mapped:  # a page of the file is as good as a copy that is arranged for the kernels, but slower
+    off: list[str] = []
+    if mapped:  # pages of the file do where a copy was arranged for the kernels, or a tied head transposed
         options.add_session_config_entry("session.disable_prepacking", "1")
+        off = ["ConstantFolding"]
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=off
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise KoffError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
 
@@ -66,11 +70,11 @@ def run_errors() -> Iterator[None]:
 
 def check_session(
     session: ort.InferenceSession, manifest: Manifest, profile: str
-) -> tuple[dict[str, ort.OrtValue], dict[str, Any]]:
+) -> tuple[dict[str, ort.OrtValue], dict[str, Any], dict[str, Any]]:
     """Compares a graph's inputs and outputs with the manifest.
 
     Returns:
-        A cache of length 0, by input; and the slots by name, those included that a cache in place stands for.
+        A cache of length 0, by input; the slots by name; and those that a cache in place stands for.
 
     Raises:
         KoffError: they differ.
@@ -112,6 +116,7 @@ def check_session(
         or there != outputs
         or not all(map(is_slot, slots))
         or stands_for.keys() & slots.keys()
+        or session.get_outputs()[0].shape[-1] != graph.vocab_size
     ):
         raise KoffError("the graph's inputs and outputs are not as koff.json says: fetch the bundle again")
-    return cache, {**slots, **stands_for}
+    return cache, slots, stands_for

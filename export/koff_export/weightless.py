@@ -61,10 +61,13 @@ def _numbers(tensor: torch.Tensor) -> np.ndarray:
 def take_out(model: Any, weights: Mapping[str, torch.Tensor]) -> list[str]:
     """Makes inputs of a traced `onnx_ir.Model`'s matrices, which the optimiser then leaves alone.
 
-    What is smaller, such as a rotation's frequencies, it gets with its numbers. Returns the matrices' names.
+    What is smaller, such as a rotation's frequencies, it gets with its numbers; constants have their own.
+    Returns the matrices' names.
     """
     graph, taken = model.graph, []
     for name, value in list(graph.initializers.items()):
+        if name not in weights:
+            continue
         if weights[name].dim() < 2:
             value.const_value = onnx_ir.tensor(_numbers(weights[name]), name=name)
         else:

@@ -173,6 +173,38 @@ def test_a_cache_grows_where_it_stands(bundle: Bundle, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("profile", ["portable", *FUSED])
+def test_a_row_at_the_end_of_its_context_fails_no_other(bundle: Bundle, profile: str) -> None:
+    runtime = Runtime.open(bundle.folder, threads=1, profile=profile)
+    prompts = ["a" * 115, "bc", "music and"]
+    for memory in (None, "both"):
+        alone = ["".join(runtime.generate(prompt, memory, 60)) for prompt in prompts]
+        assert runtime.generate_batch(prompts, [memory] * 3, 60) == alone
+
+
+def test_a_cache_that_cannot_grow_is_as_it_was(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime.open(bundle.folder, threads=1, profile="in_place")
+    monkeypatch.setattr("koff_export.cached._STEP", 0)
+    text, ids = CachedText(runtime, "both"), [BOS, *range(30, 40)]
+    wanted = runtime.logits([*ids, 50, 51], "both")
+    text.read(ids)
+    made = []
+
+    def refuse(*args: object) -> np.ndarray:
+        made.append(args)
+        if len(made) == 3:
+            raise MemoryError
+        return zeros(*args)
+
+    zeros = np.zeros
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("koff_export.cached.np.zeros", refuse)
+        for _ in range(2):
+            text.read([50])
+    text.turn_to([*ids, 50, 51])
+    assert np.abs(text.read([50, 51]) - wanted[-2:]).max() < 1e-4
+
+
+@pytest.mark.parametrize("profile", ["portable", *FUSED])
 def test_a_conversation_is_not_read_again(
     bundle: Bundle, profile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +225,8 @@ def test_a_conversation_is_not_read_again(
     read.clear()
     assert list(runtime.generate_tokens(first, "both", 6, text=text)) == answer
     assert read[0] == first[-1], "the last token's logits are asked for again"
+    with pytest.raises(KoffError, match="was read with both"):
+        runtime.generate_tokens(first, "kv", 6, text=text)
 
 
 def test_the_graph_is_made_of_fused_operators(bundle: Bundle) -> None:
