@@ -125,7 +125,7 @@ def test_exporting_holds_no_copy_of_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_a_rotation_that_depends_on_the_text_is_refused(kind: str, tmp_path: Path) -> None:
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64,
-            "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # fmt: skip
+            "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}  # fmt: skip
     model = tiny_model("llama", rope_parameters=rope)
     with pytest.raises(KoffError, match=f"rotation {kind}.*leave onnx out"):
         export_onnx(model, tmp_path, lora_modules=[])
