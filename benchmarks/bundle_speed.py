@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 PROMPTS = (16, 512)
 BATCHES = (1, 8)
 TURN = 4  # tokens before the next one is at it
-BITS = {"int8": 8, "int4": 4}
+BITS = {"fp16": 16, "int8": 8, "int4": 4}
 
 # A bundle, profile, precision and memory; or a folder that onnxruntime-genai opens, and three times nothing.
 Case = tuple[str, str | None, str | None, str | None]

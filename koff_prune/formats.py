@@ -72,7 +72,8 @@ def write_onnx(
     info = export_onnx(model, folder, lora_modules=modules, baked=baked, progress=say)
     for name, place in places.items():
         write_onnx_memory(place, folder / "onnx" / "memories" / f"{name}.onnx_adapter", info.layers)
-    few = {str(name): {"int8": 8, "int4": 4}[name] for name in export.onnx.precision if name != "fp32"}
+    bits_of = {"fp16": 16, "int8": 8, "int4": 4}
+    few = {str(name): bits_of[name] for name in export.onnx.precision if name != "fp32"}
     precisions = _paths("model", few)
     told = {**vars(info), "precisions": precisions}
     profiles = {"portable": precisions}

@@ -266,7 +266,11 @@ class CompareRow(Section):
 class OnnxExport(Section):
     """The ONNX graphs of a bundle."""
 
-    precision: list[Literal["fp32", "int8", "int4"]] = Field(default=["fp32"], min_length=1)
+    precision: list[Literal["fp32", "fp16", "int8", "int4"]] = Field(
+        default=["fp32"],
+        min_length=1,
+        description="Of the weights; few bits compute with what they stand for. fp16: half of fp32's file.",
+    )
     profiles: list[Literal["portable", "fused"]] = Field(
         default=["portable"],
         min_length=1,

@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         help='answer a .jsonl of {"prompt": …, "memory": …} together; prints each line with its "answer"',
     )
     parser.add_argument("--json", action="store_true", help="with --score: print one JSON object")
-    parser.add_argument("--precision", default="fp32", help="fp32 (default), int8, int4: what the bundle has")
+    parser.add_argument(
+        "--precision", default="fp32", help="fp32 (default), fp16, int8, int4: what the bundle has"
+    )
     parser.add_argument(
         "--profile",
         metavar="NAME",

@@ -1,4 +1,7 @@
-"""int8 and int4 graphs: weight-only, block-wise (`MatMulNBits`), memory slots kept.
+"""fp16, int8 and int4 graphs: the weights alone, memory slots kept.
+
+int8 and int4 are block-wise (`MatMulNBits`). fp16 halves the file: its weights are cast to float32 when the
+graph is opened, and inputs and outputs stay float32, so that it runs wherever the float32 graph does.
 
 Needs onnx; imported only when exporting. The embedding stays float32: it is looked up, not multiplied. A tied
 head is quantised from a transposed copy, so a quantised graph holds the embedding in float32 and the head in
@@ -40,36 +43,56 @@ def _fold_transposes(graph: onnx.GraphProto) -> None:
         graph.node.remove(node)
 
 
+def _halve(graph: onnx.GraphProto) -> None:
+    """Stores float32 matrices as float16, and casts them back where they are used; a rotation stays exact."""
+    casts = []
+    exact = {name for node in graph.node if node.op_type == "RotaryEmbedding" for name in node.input}
+    for tensor in graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1 and tensor.name not in exact:
+            name, array = tensor.name, onnx.numpy_helper.to_array(tensor)
+            largest = np.finfo(np.float16).max
+            half = np.clip(array, -largest, largest).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.half"))
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def quantize(
     model_path: str | os.PathLike[str],
     out_path: str | os.PathLike[str],
     bits: int,
     beside: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes a quantised copy of an exported float32 graph, with its `.data` file beside it.
+    """Writes a copy in few bits of an exported float32 graph, with its `.data` file beside it.
 
     Args:
         model_path: A graph written by `export_onnx` or `export_fused`.
         out_path: Where to write, e.g. `onnx/model_int8.onnx`.
-        bits: 8 or 4.
+        bits: 16, 8 or 4.
         beside: A graph of the same bits in the same folder; weights in its data file are read from there.
 
     Raises:
         KoffError: another number of bits, or the disk refuses.
     """
-    if bits not in (4, 8):
-        raise KoffError(f"{bits} bits are not supported: choose 8 (int8) or 4 (int4)")
+    if bits not in (4, 8, 16):
+        raise KoffError(f"{bits} bits are not supported: choose 16 (fp16), 8 (int8) or 4 (int4)")
     model = onnx.load(model_path)
     # The slots' defaults are constants to the quantiser, which would quantise the slots away.
     constants = [tensor for tensor in model.graph.initializer if not is_slot(tensor.name)]
     del model.graph.initializer[:]
     model.graph.initializer.extend(constants)
-    _fold_transposes(model.graph)
-    quantizer = MatMulNBitsQuantizer(
-        model, bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ACCURACY[bits]
-    )
-    quantizer.process()
-    result = quantizer.model.model
+    if bits == 16:
+        _halve(model.graph)
+        result = model
+    else:
+        _fold_transposes(model.graph)
+        quantizer = MatMulNBitsQuantizer(
+            model, bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ACCURACY[bits]
+        )
+        quantizer.process()
+        result = quantizer.model.model
     target = Path(out_path)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

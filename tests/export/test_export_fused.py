@@ -62,7 +62,7 @@ def profile(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module", params=CASES)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of all profiles in three precisions; its memories are LoRA and KV, LoRA alone, KV alone."""
+    """A bundle of all profiles and precisions; its memories are LoRA and KV, LoRA alone, KV alone."""
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_model(request.param, **CASES[request.param])  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
@@ -73,7 +73,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     export_fused(model, folder / "onnx/in_place.onnx", folder / "onnx/fused.onnx", in_place=True)
     graph = {**vars(info), "precisions": {"fp32": "onnx/model.onnx"}}
     graph |= {profile: {"fp32": f"onnx/{profile}.onnx"} for profile in FUSED}
-    for name, bits in (("int8", 8), ("int4", 4)):
+    for name, bits in (("fp16", 16), ("int8", 8), ("int4", 4)):
         beside = None
         for key, stem in (("precisions", "model"), *((profile, profile) for profile in FUSED)):
             graph[key][name] = f"onnx/{stem}_{name}.onnx"
@@ -134,7 +134,7 @@ def test_a_padded_batch_answers_as_one_by_one(bundle: Bundle, profile: str) -> N
     assert fused.generate_batch(prompts, memories, 9) == alone
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.02), ("int4", 1.5)])
+@pytest.mark.parametrize(("precision", "limit"), [("fp16", 1e-4), ("int8", 0.02), ("int4", 1.5)])
 def test_few_bits_keep_the_memories(bundle: Bundle, profile: str, precision: str, limit: float) -> None:
     full = Runtime.open(bundle.folder, threads=1, profile=profile)
     low = Runtime.open(bundle.folder, precision, threads=1, profile=profile)
@@ -149,7 +149,9 @@ def test_few_bits_keep_the_memories(bundle: Bundle, profile: str, precision: str
 
 
 def test_profiles_share_their_weights(bundle: Bundle) -> None:
-    for name in ("", "_int8", "_int4"):
+    data = {name: (bundle.folder / f"onnx/model{name}.onnx.data").stat().st_size for name in ("", "_fp16")}
+    assert data["_fp16"] < 0.9 * data[""]  # pages of 4096 bytes weigh in a tiny model
+    for name in ("", "_fp16", "_int8", "_int4"):
         size = {stem: (bundle.folder / f"onnx/{stem}{name}.onnx.data").stat().st_size
                 for stem in ("model", "fused")}  # fmt: skip
         assert size["fused"] < size["model"] / 4, size  # the rotation of 128 positions, in pages
