@@ -37,7 +37,7 @@ def quantise(model: Any) -> None:
                 for name, module in list(parent.named_children()):
                     if type(module) is nn.Linear and not module.weight.requires_grad:
                         setattr(parent, name, _four_bits(module, Linear4bit, Params4bit))
-    except (NotImplementedError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         if "out of memory" in str(error) or "allocate memory" in str(error):
             raise
         reason = str(error).splitlines()[0][:160]
