@@ -27,7 +27,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
-        chunk = CHUNK if teacher is None else CHUNK // 2  # its logits exist beside
+        chunk = CHUNK if teacher is None else CHUNK // 4  # its logits, and their difference, exist beside
         for at in range(0, len(hidden), chunk):
             rows = slice(at, at + chunk)
             log_p = functional.log_softmax(hidden[rows] @ head.T, dim=-1, dtype=torch.float32)
