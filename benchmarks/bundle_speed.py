@@ -1,11 +1,12 @@
 """Size and speed of a bundle beside the dense model in the same formats: ratios within one run.
 
-python benchmarks/bundle_speed.py RUN [--tokens 32] [--rounds 5] [--precision int4] [--threads N] [--genai]
+python benchmarks/bundle_speed.py RUN [--tokens 32] [--rounds 5] [--precision int4] [--threads N] [--engine E]
 
 RUN is a finished run whose bundle holds ONNX graphs, best of both profiles and all precisions. The dense
-model is exported with the same slots, profiles and precisions into RUN/dense-onnx, once. Where RUN also has
-bundle-<first domain>/ (export --merge), that stands beside them; with --genai, onnxruntime-genai's own int4
-build of the dense model too, run by onnxruntime-genai.
+model is exported with the same slots, profiles and precisions into RUN/dense-onnx, once; both are raced in
+torch and, as GGUF files of the type next to the precision, in llama.cpp, where a memory is its LoRA alone.
+Where RUN also has bundle-<first domain>/ (export --merge), that stands beside them; and onnxruntime-genai's
+own int4 build of the dense model, run by onnxruntime-genai.
 
 What is compared is open in one process and takes turns every few tokens, so that whatever disturbs the
 machine disturbs all alike; ratios are taken round by round, and their median is told. Slots are alike on both
@@ -20,116 +21,43 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from engines import ENGINES, Case, opened
 
 HERE = Path(__file__).parent
 PROMPTS = (16, 512)
 BATCHES = (1, 8)
 TURN = 4  # tokens before the next one is at it
 BITS = {"fp16": 16, "int8": 8, "int4": 4}
-
-# A bundle, profile, precision and memory; or a folder that onnxruntime-genai opens, and three times nothing.
-Case = tuple[str, str | None, str | None, str | None]
-
-
-class Graph:
-    """One open graph, with a memory or without, as `koff-run` runs it."""
-
-    def __init__(self, folder: str, profile: str, precision: str, memory: str | None, threads: int) -> None:
-        """Opens it; how long that took is in `told`."""
-        import numpy as np
-
-        from koff_export.runtime import Runtime
-
-        self.np, self.memory = np, memory
-        begun = time.perf_counter()
-        self.runtime = Runtime.open(folder, precision, verify=False, threads=threads or None, profile=profile)
-        self.told = {"open_s": time.perf_counter() - begun}
-        if memory:
-            begun = time.perf_counter()
-            self.runtime.memory(memory)
-            self.told["swap_ms"] = (time.perf_counter() - begun) * 1e3
-
-    def prefill(self, prompt: int) -> None:
-        """Reads a prompt of so many tokens, one row."""
-        self.cache, self.length, self.batch = self.runtime.cache(self.memory), 0, 1
-        self._call(self.np.random.default_rng(0).integers(3, 250, (1, prompt)))
-
-    def widen(self, batch: int) -> None:
-        """Makes the text so many equal ones."""
-        one, self.batch = self.cache, batch
-        self.cache = self.runtime.cache(self.memory, batch)
-        self.cache.join([one] * batch)
-
-    def decode(self, tokens: int) -> None:
-        """Reads so many more, one at a time."""
-        for _ in range(tokens):
-            self._call(self.np.full((self.batch, 1), 5))
-
-    def _call(self, ids: Any) -> None:
-        end = self.length + ids.shape[1]
-        positions = self.np.arange(self.length, end)[None].repeat(len(ids), 0)
-        self.cache.read(ids.astype(self.np.int64), self.np.ones((len(ids), end), self.np.int64), positions)
-        self.length = end
-
-
-class Genai:
-    """The same for a folder that onnxruntime-genai opens."""
-
-    def __init__(self, folder: str, threads: int) -> None:
-        """Opens it."""
-        import numpy as np
-        import onnxruntime_genai as genai
-
-        self.np, self.genai, self.told = np, genai, {}
-        config = genai.Config(folder)
-        options = {"session_options": {"intra_op_num_threads": threads}}
-        config.overlay(json.dumps({"model": {"decoder": options}}))
-        self.model = genai.Model(config)
-
-    def prefill(self, prompt: int) -> None:
-        """Reads a prompt of so many tokens, one row."""
-        self.prompt = self.np.random.default_rng(0).integers(3, 250, (1, prompt)).astype(self.np.int32)
-        self.widen(1)
-
-    def widen(self, batch: int) -> None:
-        """Makes the text so many equal ones."""
-        settings = self.genai.GeneratorParams(self.model)
-        limit = self.prompt.shape[1] + 1024
-        settings.set_search_options(do_sample=False, max_length=limit, min_length=limit, batch_size=batch)
-        self.generator = self.genai.Generator(self.model, settings)
-        self.generator.append_tokens(self.prompt.repeat(batch, 0))
-
-    def decode(self, tokens: int) -> None:
-        """Reads so many more, one at a time."""
-        for _ in range(tokens):
-            self.generator.generate_next_token()
+GGUF = {
+    "fp32": "f32",
+    "fp16": "f16",
+    "int8_dynamic": "q8_0",
+    "int4": "q4_0",
+}  # the type that stands for a precision
 
 
 def race(cases: dict[str, Case], tokens: int, rounds: int, threads: int) -> list[dict[str, dict[str, float]]]:
     """Seconds by case and measure, of every round. All cases are open at once and take turns."""
-    opened: dict[str, Any] = {
-        name: Graph(folder, profile, precision, memory, threads)
-        if profile and precision
-        else Genai(folder, threads)
-        for name, (folder, profile, precision, memory) in cases.items()
-    }
+    engines = {name: opened(case, threads) for name, case in cases.items()}
 
     def timed(row: dict[str, float], key: str, work: Callable[[], None]) -> None:
         begun = time.perf_counter()
         work()
         row[key] = row.get(key, 0.0) + time.perf_counter() - begun
 
-    for case in opened.values():
+    for case in engines.values():
         case.prefill(4)
         case.decode(2)
     found = []
     for n in range(rounds):
-        rows: dict[str, dict[str, float]] = {name: {} for name in opened}
-        order = list(opened.items())[:: 1 if n % 2 else -1]  # nobody is always behind the same one
+        rows: dict[str, dict[str, float]] = {name: {} for name in engines}
+        order = list(engines.items())[:: 1 if n % 2 else -1]  # nobody is always behind the same one
         for prompt in PROMPTS:
             for name, case in order:
                 timed(rows[name], f"prefill_{prompt}", partial(case.prefill, prompt))
@@ -146,34 +74,49 @@ def race(cases: dict[str, Case], tokens: int, rounds: int, threads: int) -> list
 
 
 def footprint(case: Case, threads: int) -> dict[str, float]:
-    """Seconds to open a graph, milliseconds to open a memory, and the process's peak of memory."""
-    folder, profile, precision, memory = case
-    graph = Graph(folder, str(profile), str(precision), memory, threads)
-    graph.prefill(16)
-    graph.decode(2)
+    """Seconds to open a case, milliseconds to open an ONNX memory, and the process's peak of memory."""
+    engine = opened(case, threads)
+    engine.prefill(16)
+    engine.decode(2)
     status = Path("/proc/self/status")
     if status.exists():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        graph.told["peak_mb"] = int(line.split()[1]) / 1024
-    return graph.told
+        engine.told["peak_mb"] = int(line.split()[1]) / 1024
+    return engine.told
 
 
-def in_a_process(kind: str, *arguments: Any) -> Any:
-    """`race` or `footprint` in a fresh interpreter."""
-    command = [sys.executable, __file__, "--child", json.dumps([kind, *arguments])]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def in_a_process(kind: str, cases: dict[str, Case], *arguments: Any) -> Any:
+    """`race`, or `footprint` of each case, in a fresh interpreter."""
+    told = json.dumps([kind, {name: asdict(case) for name, case in cases.items()}, *arguments])
+    command = [sys.executable, __file__, "--child", told]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def as_a_child(told: str) -> Any:
+    """The other side of `in_a_process`."""
+    kind, cases, *arguments = json.loads(told)
+    opened_later = {name: Case(**case) for name, case in cases.items()}
+    if kind == "race":
+        return race(opened_later, *arguments)
+    (case,) = opened_later.values()
+    return footprint(case, *arguments)
 
 
 def size_mb(case: Case) -> float:
-    """Of a graph and all the files that its weights lie in."""
+    """Of the files that its weights lie in, the memory's apart."""
     from koff_export.bundle import open_manifest
     from koff_export.graph import check_onnx
 
-    folder, profile, precision, _ = case
-    graph = open_manifest(Path(folder)).graph
-    assert graph is not None
-    path = Path(folder) / graph.profiles[str(profile)][str(precision)]
-    return sum(p.stat().st_size for p in (path, *check_onnx(path, Path(folder)))) / 1e6
+    path = Path(case.path)
+    if case.engine == "onnx":
+        graph = open_manifest(path).graph
+        assert graph is not None
+        file = path / graph.profiles[str(case.profile)][str(case.precision)]
+        return sum(p.stat().st_size for p in (file, *check_onnx(file, path))) / 1e6
+    return sum(p.stat().st_size for p in (path.glob("*.safetensors") if path.is_dir() else [path])) / 1e6
 
 
 def dense_graphs(run: Path) -> Path:
@@ -194,14 +137,14 @@ def dense_graphs(run: Path) -> Path:
             return folder
     modules = [i.removesuffix(".lora_A.weight") for i in graph.inputs if i.endswith(".lora_A.weight")]
     portable = folder / graph.precisions["fp32"]
-    with finished_run(run) as opened:
-        model = opened.dense.model.float()
-        info = export_onnx(model, folder, lora_modules=modules, progress=print)
+    with finished_run(run) as found:
+        model = found.dense.model.float()
+        info = export_onnx(model, folder, lora_modules=modules)
         if graph.fused:
             export_fused(model, folder / graph.fused["fp32"], portable)
         if graph.in_place:
             export_fused(model, folder / graph.in_place["fp32"], folder / graph.fused["fp32"], in_place=True)
-    for name in graph.precisions.keys() - {"fp32"}:
+    for name in graph.precisions.keys() & BITS.keys():
         beside = None
         for table in graph.profiles.values():
             quantize(folder / table["fp32"], folder / table[name], BITS[name], beside)
@@ -214,22 +157,54 @@ def dense_graphs(run: Path) -> Path:
     return folder
 
 
-def genai_build(run: Path) -> Path:
-    """Onnxruntime-genai's own int4 build of the dense model, made once."""
+def dense_backbone(run: Path) -> Path:
+    """The dense model as transformers saves it, made once."""
+    from koff_prune.cut import save_backbone
     from koff_prune.run import finished_run
 
-    folder, source = run / "dense-genai", run / "dense-hf"
-    if not (folder / "genai_config.json").exists():
-        from koff_prune.cut import save_backbone
+    folder = run / "dense-hf"
+    if not (folder / "config.json").exists():
+        folder.mkdir(exist_ok=True)
+        with finished_run(run) as found:
+            found.dense.tokenizer.save_pretrained(folder)
+            save_backbone(found.dense.model, folder)
+    return folder
 
-        source.mkdir(exist_ok=True)
-        with finished_run(run) as opened:
-            save_backbone(opened.dense.model, source)
-            opened.dense.tokenizer.save_pretrained(source)
+
+def genai_build(run: Path) -> Path:
+    """Onnxruntime-genai's own int4 build of the dense model, made once."""
+    folder = run / "dense-genai"
+    if not (folder / "genai_config.json").exists():
+        source = dense_backbone(run)
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", folder]
         command += ["-p", "int4", "-e", "cpu", "-c", run / "genai-cache"]
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     return folder
+
+
+def gguf_cases(run: Path, precision: str, memory: str) -> dict[str, Case]:
+    """Dense and slim as GGUF files of one type, and the LoRA of a memory, made once."""
+    from transformers import AutoTokenizer
+
+    from koff_export.gguf import export_gguf
+    from koff_prune import load_backbone
+    from koff_prune.formats import write_gguf_memory
+
+    folder, kind = run / "speed-gguf", GGUF[precision]
+    folder.mkdir(exist_ok=True)
+    lora, arch = folder / f"{memory}.gguf", ""
+    for name, source in (("dense", dense_backbone(run)), ("slim", run / "bundle")):
+        if not (file := folder / f"{name}-{kind}.gguf").exists() or not lora.exists():
+            model, tokenizer = load_backbone(source), AutoTokenizer.from_pretrained(source)
+            arch = export_gguf(model, tokenizer, file, kind)
+    if not lora.exists():
+        write_gguf_memory(model, arch, run / "bundle" / "memories" / memory, lora)
+    dense, slim = (str(folder / f"{name}-{kind}.gguf") for name in ("dense", "slim"))
+    return {
+        "dense": Case("gguf", dense),
+        "slim": Case("gguf", slim),
+        "slim+LoRA": Case("gguf", slim, str(lora)),
+    }
 
 
 def first_token(bundle: Path, precision: str, rounds: int) -> dict[str, float]:
@@ -282,46 +257,68 @@ def compare(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 
     manifest = open_manifest(run / "bundle")
     assert manifest.graph is not None
-    name, told = next(iter(manifest.domains.items()))
-    dense = str(dense_graphs(run))
-    genai = genai_build(run) if args.genai else None
+    memory, told = next(iter(manifest.domains.items()))
     result: dict[str, Any] = {
         "parameters": manifest.parameters,
         "arithmetic": manifest.parameters["dense"] / manifest.parameters["slim"],
-        "memory": {"name": name, "lora_rank": told.lora_rank, "kv_tokens": told.kv_tokens},
+        "memory": {"name": memory, "lora_rank": told.lora_rank, "kv_tokens": told.kv_tokens},
         "first_token_s": {},
         "races": {},
         "footprint": {},
     }
-    slim, merged = str(run / "bundle"), run / f"bundle-{name}"
     for precision in args.precision or manifest.graph.precisions:
-        races: dict[str, dict[str, Case]] = {}
-        for profile in manifest.graph.profiles:
-            races[profile] = {
-                "dense": (dense, profile, precision, None),
-                "slim": (slim, profile, precision, None),
-                "slim+memory": (slim, profile, precision, name),
-            }
-            if (merged / "koff.json").exists():
-                races[profile]["merged"] = (str(merged), profile, precision, None)
-            result["footprint"][f"{precision} {profile}"] = {
-                label: {"file_mb": size_mb(case), **in_a_process("footprint", case, args.threads)}
-                for label, case in races[profile].items()
-            }
-        if len(races) > 1:
-            races["profiles"] = {profile: races[profile]["slim"] for profile in manifest.graph.profiles}
-            if genai and precision == "int4":
-                best = [*manifest.graph.profiles][-1]
-                ours = {f"{best} {label}": case for label, case in races[best].items()}
-                races["genai"] = {"genai dense": (str(genai), None, None, None), **ours}
-        for race_name, cases in races.items():
+        for race_name, cases in races_of(run, precision, memory, args.engine or ENGINES).items():
+            if race_name not in ("profiles", "genai"):  # those are made of the others' cases
+                result["footprint"][f"{precision} {race_name}"] = {
+                    label: {
+                        "file_mb": size_mb(case),
+                        **in_a_process("footprint", {label: case}, args.threads),
+                    }
+                    for label, case in cases.items()
+                }
             rounds = in_a_process("race", cases, args.tokens, args.rounds, args.threads)
             found = result["races"][f"{precision} {race_name}"] = tell(rounds, args.tokens)
             for pair, ratios in found["ratios"].items():
                 print(precision, race_name, pair, ratios, flush=True)
-        result["first_token_s"][precision] = first_token(run / "bundle", precision, args.rounds)
-        print(precision, "first token after", result["first_token_s"][precision], flush=True)
+        if not args.engine or "onnx" in args.engine:
+            result["first_token_s"][precision] = first_token(run / "bundle", precision, args.rounds)
+            print(precision, "first token after", result["first_token_s"][precision], flush=True)
     return result
+
+
+def races_of(run: Path, precision: str, memory: str, engines: Collection[str]) -> dict[str, dict[str, Case]]:
+    """Who races whom at one precision, race by race; the first is who the others are told beside."""
+    from koff_export.bundle import open_manifest
+
+    slim, merged = str(run / "bundle"), run / f"bundle-{memory}"
+    graph = open_manifest(run / "bundle").graph
+    assert graph is not None
+    races: dict[str, dict[str, Case]] = {}
+    if "onnx" in engines:
+        dense = str(dense_graphs(run))
+        for profile in graph.profiles:
+            races[profile] = {
+                "dense": Case("onnx", dense, None, profile, precision),
+                "slim": Case("onnx", slim, None, profile, precision),
+                "slim+memory": Case("onnx", slim, memory, profile, precision),
+            }
+            if (merged / "koff.json").exists():
+                races[profile]["merged"] = Case("onnx", str(merged), None, profile, precision)
+        if len(races) > 1:
+            best = [*races][-1]
+            ours = {f"{best} {label}": case for label, case in races[best].items()}
+            races["profiles"] = {profile: races[profile]["slim"] for profile in graph.profiles}
+            if "genai" in engines and precision == "int4":
+                races["genai"] = {"genai dense": Case("genai", str(genai_build(run))), **ours}
+    if "torch" in engines and precision == "fp32":
+        races["torch"] = {
+            "dense": Case("torch", str(dense_backbone(run))),
+            "slim": Case("torch", slim),
+            "slim+memory": Case("torch", slim, memory),
+        }
+    if "gguf" in engines and precision in GGUF:
+        races["gguf"] = gguf_cases(run, precision, memory)
+    return races
 
 
 def main() -> None:
@@ -334,17 +331,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", action="append", help="only this one; repeatable")
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; default: its own choice")
-    parser.add_argument("--genai", action="store_true")
+    parser.add_argument("--engine", action="append", choices=ENGINES, help="only this one; repeatable")
+    parser.add_argument("--out", type=Path, default=HERE / "bundle_speed.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        kind, *arguments = json.loads(args.child)
-        print(json.dumps({"race": race, "footprint": footprint}[kind](*arguments)))
+        print(json.dumps(as_a_child(args.child)))
         return
     found = compare(args.run, args)
     found |= {"prompts": PROMPTS, "batches": BATCHES, "threads": args.threads}
     found["command"] = " ".join(["python benchmarks/bundle_speed.py", args.run.name, *sys.argv[2:]])
-    (HERE / "bundle_speed.json").write_text(json.dumps(found, indent=1) + "\n")
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,10 +71,17 @@ def _prepare(run: Run) -> None:
     # the cheap mistakes first: too short a text or a target out of reach is told before anything is trained
     check_processes(run.recipe.learn)
     even_plan(run.units, run.recipe.structure)
-    if "gguf" in run.recipe.export.formats:
+    export, structure = run.recipe.export, run.recipe.structure
+    if "onnx" in export.formats:
+        from koff_export.fused import check_fused
+        from koff_export.writer import check_model
+
+        check_model(run.dense.config)
+        if "fused" in export.onnx.profiles:
+            check_fused(run.dense.config)
+    if "gguf" in export.formats:
         from koff_export.gguf import architecture
 
-        structure = run.recipe.structure
         architecture(
             run.dense.config.model_type,
             structure.widths == "per_layer",

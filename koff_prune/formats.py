@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from koff_export.bundle import MERGED_KV
+from koff_export.session import INT8_DYNAMIC
 from koff_prune.cut import load_backbone
 from koff_prune.memory import load_memory, memory_of_folder
 from koff_prune.progress import say
@@ -65,11 +65,9 @@ def write_onnx(
     places = {name: folder / "memories" / name for name in domains}
     slots = [lora_slots(load_memory(place).get("lora", {})) for place in places.values()]
     modules = sorted({module for table in slots for module in table})
-    for library in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell of every node they rewrite
-        logging.getLogger(library).setLevel(logging.ERROR)
-    say(f"exporting ONNX ({len(model.model.layers)} layers, about 5 s each)")
+    say("writing the ONNX graph")
     baked = None if merged is None else _kv_of(folder / "memories" / merged, model)
-    info = export_onnx(model, folder, lora_modules=modules, baked=baked, progress=say)
+    info = export_onnx(model, folder, lora_modules=modules, baked=baked)
     for name, place in places.items():
         write_onnx_memory(place, folder / "onnx" / "memories" / f"{name}.onnx_adapter", info.layers)
     bits_of = {"fp16": 16, "int8": 8, "int4": 4}
@@ -93,13 +91,15 @@ def write_onnx(
             quantize(folder / paths["fp32"], folder / paths[name], bits, beside)
             beside = folder / paths[name]
     if export.onnx.javascript:
-        told["javascript"] = {name: write_required(folder, path) for name, path in precisions.items()}
+        copies = {path: write_required(folder, path) for path in set(precisions.values())}
+        told["javascript"] = {name: copies[path] for name, path in precisions.items()}
     return told
 
 
 def _paths(graph: str, few: Iterable[str]) -> dict[str, str]:
     """Where a graph stands in a bundle, by precision."""
-    return {"fp32": f"onnx/{graph}.onnx", **{name: f"onnx/{graph}_{name}.onnx" for name in few}}
+    paths = {"fp32": f"onnx/{graph}.onnx", **{name: f"onnx/{graph}_{name}.onnx" for name in few}}
+    return paths | ({INT8_DYNAMIC: paths["int8"]} if "int8" in paths else {})
 
 
 def _kv_of(memory: Path, model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:

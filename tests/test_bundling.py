@@ -16,7 +16,7 @@ import pytest
 import torch
 from model_helpers import tiny_config, token_ids
 from peft import PeftModel
-from run_helpers import Answer, koff_prune, recipe_of
+from run_helpers import Answer, koff_prune, mistake, recipe_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -91,7 +91,8 @@ def test_what_is_saved_in_few_bits_is_compared_in_float32(
 
 def test_the_manifest_tells_what_few_bits_cost(bundle: Path, place: Path) -> None:
     told = read_json(bundle / "koff.json")["numerics"]["precision"]
-    assert set(told) == {"fp32", "int8"}
+    assert set(told) == {"fp32", "int8", "int8_dynamic"}
+    assert told["int8"]["kl"] < told["int8_dynamic"]["kl"] < 5e-2
     assert told["fp32"]["kl"] == 0 < told["int8"]["kl"] < 1e-2
     total = count = 0.0
     for name in ("law", "code"):
@@ -111,7 +112,9 @@ def test_the_backbone_is_what_plan_json_says(bundle: Path) -> None:
     manifest = read_json(bundle / "koff.json")
     assert manifest["format"] == 1 and manifest["plan"] == plan.digest
     assert {d["kv_tokens"] for d in manifest["domains"].values()} == {4}
-    assert manifest["graph"]["precisions"] == {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx"}
+    int8 = "onnx/model_int8.onnx"
+    wanted = {"fp32": "onnx/model.onnx", "int8": int8, "int8_dynamic": int8}
+    assert manifest["graph"]["precisions"] == wanted
     card = (bundle / "README.md").read_text()
     assert "base_model" in card and "Perplexity" in card and "| law |" in card
 
@@ -361,3 +364,23 @@ def test_the_examples_run(place: Path, script: str, arguments: tuple[str, ...], 
     )
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "onnx", "says"),
+    [
+        ({"hidden_act": "mish"}, {}, "not mish; leave onnx out"),
+        ({"hidden_act": "gelu"}, {"profiles": ["portable", "fused"]}, "silu, not gelu; leave fused out"),
+    ],
+)
+def test_what_no_graph_holds_is_told_before_anything_is_learned(
+    config: dict[str, Any],
+    onnx: dict[str, Any],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export = {"formats": ["safetensors", "onnx"], "onnx": onnx}
+    recipe = recipe_of(tmp_path, tiny_config(head_dim=16, **config), export=export)
+    mistake(koff_prune(capsys, "export", recipe, "--out", tmp_path / "run"), says)
+    assert not (tmp_path / "run" / "checkpoints").exists()

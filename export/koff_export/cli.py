@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="with --score: print one JSON object")
     parser.add_argument(
-        "--precision", default="fp32", help="fp32 (default), fp16, int8, int4: what the bundle has"
+        "--precision",
+        default="fp32",
+        help="fp32 (default), fp16, int8, int8_dynamic, int4: what the bundle has",
     )
     parser.add_argument(
         "--profile",

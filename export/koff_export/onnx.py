@@ -2,39 +2,33 @@
 
 The slots (`memory.{i}.key/value`, `{module}.lora_A/B.weight`) are graph inputs with zero-size defaults: left
 alone, the graph is the bare backbone; ONNX Runtime fills them from an `.onnx_adapter` for the length of one
-call.
+call. The graph of `export_onnx` is the portable profile: operators of the ONNX standard alone.
 
-Needs torch, transformers, onnx and onnxscript; imported only when exporting.
+Needs torch, transformers and onnx; imported only when exporting.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir
 import onnxruntime
 import torch
+from onnx import helper
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from koff_export.attention import attention
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors
 from koff_export.graph import is_slot
 from koff_export.tensors import TensorFile
-from koff_export.weightless import put_back, take_out, weightless
+from koff_export.writer import FLOAT, HIDDEN, INT64, GraphWriter, check_model, windows_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-# Sizes to trace with: distinct and at least 2, because the exporter takes 0, 1 and equal sizes as fixed.
-_BATCH, _SEQUENCE, _PAST, _MEMORY, _RANK = 2, 5, 3, 4, 6
 
 
 @dataclass(frozen=True)
@@ -58,85 +52,110 @@ class GraphInfo:
     outputs: list[str]
 
 
-class _Slots(nn.Module):
-    """The model with its cache, memory and LoRA as plain tensor arguments."""
+class _Portable(GraphWriter):
+    """A graph of the standard's operators.
 
-    def __init__(self, model: PreTrainedModel, linears: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.model = model
-        self.linears = linears  # a plain list: the modules already belong to `model`
-        self.lora: Sequence[Pair] = []
+    The query heads that share a KV head are rows of one product, so keys and values are never repeated.
+    """
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past_key_values: Sequence[Pair],
-        memory: Sequence[Pair],
-        lora: Sequence[Pair],
-    ) -> tuple[torch.Tensor, list[Pair]]:
-        for layer, pair in zip(self.model.model.layers, memory, strict=True):
-            layer.self_attn.koff_kv = pair
-        self.lora = lora
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids + memory[0][0].shape[2],
-            # No config: every layer keeps all of its text, and sliding windows are left to the mask.
-            past_key_values=DynamicCache(list(past_key_values)),
-            use_cache=True,
+    def __init__(self, model: PreTrainedModel, weights: TensorFile, slots: Sequence[str]) -> None:
+        super().__init__(model, weights, slots, memory=True)
+        self.windows = windows_of(model)
+        shape = self.op("Shape", "attention_mask")
+        self.batch, self.total = (self.op("Slice", shape, *map(self.numbers, (n, n + 1, 0))) for n in (0, 1))
+        self.length = self.op("Shape", "memory.0.key", start=2, end=3)
+        self.sight = self.op("Add", self.total, self.length)  # tokens of memory and text
+        one = self.numbers(1)
+        self.front = self.op("Concat", self.batch, one, one, one, axis=0)
+        self.positions = self.op("Cast", self.op("Add", "position_ids", self.length), to=FLOAT)
+        self.biases = {window: self._bias(window) for window in dict.fromkeys(self.windows)}
+        self.kinds = self._rotary_kinds()
+        self.rotations = {kind: self._rotation(kind) for kind in dict.fromkeys(self.kinds)}
+
+    def _bias(self, window: int | None) -> str:
+        """What is added to the scores, [batch, 1, sequence, memory + text]: the memory is always in sight."""
+        queries = self.op("Shape", "input_ids", start=1, end=2)
+        zero, one = self.numbers(0), self.numbers(1)
+        steps = (self.op("Squeeze", x, zero) for x in (zero, self.total, one))
+        keys = self.op("Range", *steps)  # a text's tokens by their place in mask and cache
+        own = self.op(
+            "Unsqueeze", self.op("Slice", keys, self.op("Sub", self.total, queries), self.total), one
         )
-        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        seen = self.op("LessOrEqual", keys, own)
+        if window is not None:
+            seen = self.op("And", seen, self.op("Greater", keys, self.op("Sub", own, self.numbers(window))))
+        real = self.op(
+            "Unsqueeze", self.op("Cast", "attention_mask", to=onnx.TensorProto.BOOL), self.numbers(1, 2)
+        )
+        bias = self.op(
+            "Where", self.op("And", seen, real), self.scalar("seen", 0.0), self.scalar("hidden", HIDDEN)
+        )
+        shape = self.op("Concat", self.batch, one, queries, self.length, axis=0)
+        return self.op("Concat", self.op("Expand", "seen", shape), bias, axis=3)
 
-    def hook(self, index: int) -> Callable[..., torch.Tensor]:
-        def add_lora(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            a, b = self.lora[index]
-            return output + (args[0] @ a) @ b
+    def _rotary_kinds(self) -> list[str]:
+        """Of every layer: the prefix of its rotation's attributes."""
+        if hasattr(self.model.model.rotary_emb, "inv_freq"):
+            return [""] * len(self.windows)
+        return [f"{layer.self_attn.layer_type}_" for layer in self.model.model.layers]
 
-        return add_lora
+    def _rotation(self, kind: str) -> tuple[str, str]:
+        """Cosine and sine of every position, [batch, 1, sequence, head_dim / 2]."""
+        rotary = self.model.model.rotary_emb
+        frequencies = self.weight(f"{kind}inv_freq", getattr(rotary, f"{kind}inv_freq"))
+        angles = self.op("Mul", self.op("Unsqueeze", self.positions, self.numbers(1, 3)), frequencies)
+        scaling = float(getattr(rotary, f"{kind}attention_scaling"))
+        tables = (self.op("Cos", angles), self.op("Sin", angles))
+        if scaling != 1:
+            factor = self.scalar(f"{kind}attention_scaling", scaling)
+            tables = tuple(self.op("Mul", table, factor) for table in tables)  # type: ignore[assignment]
+        return tables
 
+    def norm(self, x: str, module: Any, path: str) -> str:
+        """See `GraphWriter`."""
+        scale, epsilon = self.scale_of(module, path)
+        mean = self.op("ReduceMean", self.op("Mul", x, x), self.numbers(-1))
+        root = self.op("Sqrt", self.op("Add", mean, self.scalar(f"epsilon_{epsilon:g}", epsilon)))
+        return self.op("Mul", self.op("Div", x, root), scale)
 
-@contextmanager
-def _prepared(model: PreTrainedModel, slots: _Slots) -> Iterator[None]:
-    """Hooks the slots into `model`, and takes every trace of them out again."""
-    training = {module: module.training for module in model.modules()}
-    attentions = [layer.self_attn for layer in model.model.layers]
-    kv_before = [(a, a.__dict__["koff_kv"]) for a in attentions if "koff_kv" in a.__dict__]
-    handles = [linear.register_forward_hook(slots.hook(i)) for i, linear in enumerate(slots.linears)]
-    try:
-        model.eval()
-        with attention(model), weightless(model), torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in attentions:
-            module.__dict__.pop("koff_kv", None)
-        for module, kv in kv_before:
-            module.koff_kv = kv
-        for module, mode in training.items():
-            module.training = mode
+    def _heads(self, x: str, head_dim: int) -> str:
+        """[batch, sequence, heads · head_dim] to [batch, heads, sequence, head_dim]."""
+        return self.op(
+            "Transpose", self.op("Reshape", x, self.numbers(0, 0, -1, head_dim)), perm=[0, 2, 1, 3]
+        )
 
+    def _rotated(self, x: str, i: int) -> str:
+        cos, sin = self.rotations[self.kinds[i]]
+        halves = [f"n{len(self.nodes)}.{n}" for n in (0, 1)]
+        self.nodes.append(
+            helper.make_node("Split", [x], halves, name=f"Split.{halves[0]}", axis=3, num_outputs=2)
+        )
+        a, b = halves
+        left = self.op("Sub", self.op("Mul", a, cos), self.op("Mul", b, sin))
+        return self.op("Concat", left, self.op("Add", self.op("Mul", b, cos), self.op("Mul", a, sin)), axis=3)
 
-def _kv_samples(kv_heads: list[int], head_dim: int, batch: int, length: int) -> list[Pair]:
-    return [
-        (torch.zeros(batch, h, length, head_dim), torch.zeros(batch, h, length, head_dim)) for h in kv_heads
-    ]
-
-
-def _tidy(model: Any) -> None:
-    """Drops an `onnx_ir.Model`'s notes, which hold stack traces and paths of this machine, in place."""
-    graph = model.graph
-    for node in graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*graph.inputs, *graph.initializers.values()):
-        value.metadata_props.clear()
-    graph.metadata_props.clear()
-    model.metadata_props.clear()
+    def attend(self, qkv: Sequence[str], module: Any, i: int) -> str:
+        """See `GraphWriter`."""
+        size = module.head_dim
+        heads, kv_heads = (p.out_features // size for p in (module.q_proj, module.k_proj))
+        q, k, v = (self._heads(x, size) for x in qkv)
+        q = self.op("Mul", self._rotated(q, i), self.scalar(f"scaling_{module.scaling:.9g}", module.scaling))
+        whole = []
+        for kind, new in (("key", self._rotated(k, i)), ("value", v)):
+            text = self.op("Concat", f"past_key_values.{i}.{kind}", new, axis=2, name=f"present.{i}.{kind}")
+            front = self.op("Expand", f"memory.{i}.{kind}", self.front)
+            whole.append(self.op("Concat", front, text, axis=2))
+        keys, values = whole
+        # [batch, kv_heads, queries of a group · sequence, head_dim] · [batch, kv_heads, head_dim, sight]
+        grouped = self.op("Reshape", q, self.numbers(0, kv_heads, -1, size))
+        scores = self.op("MatMul", grouped, self.op("Transpose", keys, perm=[0, 1, 3, 2]))
+        apart, together = (self.op("Concat", self.numbers(0, n, -1), self.sight, axis=0)
+                           for n in (heads, kv_heads))  # fmt: skip
+        scores = self.op("Add", self.op("Reshape", scores, apart), self.biases[self.windows[i]])
+        shares = self.op("Reshape", self.op("Softmax", scores, axis=-1), together)
+        y = self.op("Reshape", self.op("MatMul", shares, values), self.numbers(0, heads, -1, size))
+        y = self.op("Transpose", y, perm=[0, 2, 1, 3])
+        return self.op("Reshape", y, self.numbers(0, 0, -1))
 
 
 def add_defaults(model: onnx.ModelProto) -> None:
@@ -162,20 +181,45 @@ def bake(model: onnx.ModelProto, kv: Sequence[Pair]) -> None:
     model.graph.input.extend(stay)
 
 
-def check_rotation(model: nn.Module) -> None:
-    """Refuses a rotation that changes with the length of the text, which a traced graph cannot follow.
+def interface(model: PreTrainedModel, lora_modules: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    """Inputs, slots among them, and outputs of a backbone's graph, as ONNX describes them."""
+    layers: Any = model.model.layers
+    size = layers[0].self_attn.head_dim
+    text: Any = {"input_ids": ["batch", "sequence"], "attention_mask": ["batch", "total"],
+                 "position_ids": ["batch", "sequence"]}  # fmt: skip
+    value = helper.make_tensor_value_info
+    inputs = [value(name, INT64, shape) for name, shape in text.items()]
+    outputs = [value("logits", FLOAT, ["batch", "sequence", _words(model)])]
+    memory = []
+    for i, layer in enumerate(layers):
+        heads = layer.self_attn.k_proj.out_features // size
+        for kind in ("key", "value"):
+            inputs.append(value(f"past_key_values.{i}.{kind}", FLOAT, ["batch", heads, "past", size]))
+            memory.append(value(f"memory.{i}.{kind}", FLOAT, [1, heads, "memory", size]))
+            outputs.append(value(f"present.{i}.{kind}", FLOAT, ["batch", heads, "total", size]))
+    inputs += memory
+    for n, name in enumerate(lora_modules):
+        module = _linear(model, name)
+        # A rank of its own for every module: a memory may leave modules out, and ONNX Runtime shares buffers
+        # between tensors whose named sizes agree.
+        inputs.append(value(f"{name}.lora_A.weight", FLOAT, [module.in_features, f"rank_{n}"]))
+        inputs.append(value(f"{name}.lora_B.weight", FLOAT, [f"rank_{n}", module.out_features]))
+    return inputs, outputs
 
-    Raises:
-        KoffError: there is one, with the mend.
-    """
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
-            if kind in ("dynamic", "longrope"):
-                raise KoffError(
-                    f"export.formats: onnx cannot hold the rotation {kind}, which depends on the text's"
-                    " length; leave onnx out"
-                )
+
+def _words(model: PreTrainedModel) -> int:
+    head: Any = model.get_output_embeddings()
+    return int(head.out_features)
+
+
+def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise KoffError(f"the model has no module {name!r} for a LoRA slot") from error
+    if not isinstance(module, nn.Linear):
+        raise KoffError(f"{name!r} is a {type(module).__name__}: only linear layers take a LoRA slot")
+    return module
 
 
 def export_onnx(
@@ -184,7 +228,6 @@ def export_onnx(
     *,
     lora_modules: Sequence[str],
     baked: Sequence[Pair] | None = None,
-    progress: Callable[[str], None] | None = None,
 ) -> GraphInfo:
     """Writes `folder`/onnx/model.onnx (+ model.onnx.data), float32.
 
@@ -196,93 +239,37 @@ def export_onnx(
     [batch, kv_heads_i, past + sequence, head_dim].
 
     Args:
-        model: A plain causal LM of the Llama family (Llama, Qwen2, Qwen3, Gemma 3 text); widths and head
-            counts may differ per layer. It is left exactly as it was, dtype included.
+        model: A plain causal LM of the Llama family (Llama, Mistral, Qwen2, Qwen3, Gemma 3 text) in any float
+            dtype; widths and head counts may differ per layer. It is only read.
         folder: The bundle's folder; `onnx/` is made in it.
         lora_modules: Paths of the linear modules that get a LoRA slot ("model.layers.0.mlp.up_proj").
         baked: A learned KV, one (key, value) [kv_heads_i, P, head_dim] per layer, P may be 0, that the graph
             is to hold for good: it then has no slots for another.
-        progress: Called with one line before each slow step.
 
     Raises:
-        KoffError: a module does not exist or is not linear, no graph holds the rotation, or the disk refuses.
+        KoffError: no graph holds the model, a module does not exist or is not linear, or the disk refuses.
     """
-    say = progress or (lambda line: None)
-    linears: list[nn.Linear] = []
-    for name in lora_modules:
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError as error:
-            raise KoffError(f"the model has no module {name!r} for a LoRA slot") from error
-        if not isinstance(linear, nn.Linear):
-            raise KoffError(f"{name!r} is a {type(linear).__name__}: only linear layers take a LoRA slot")
-        linears.append(linear)
-    check_rotation(model)
-    layers = list(model.model.layers)
-    head_dim = layers[0].self_attn.head_dim
-    kv_heads = [layer.self_attn.k_proj.out_features // head_dim for layer in layers]
-    pairs = [(i, kind) for i in range(len(layers)) for kind in ("key", "value")]
-    inputs = ["input_ids", "attention_mask", "position_ids"]
-    inputs += [f"past_key_values.{i}.{kind}" for i, kind in pairs] + [
-        f"memory.{i}.{kind}" for i, kind in pairs
-    ]
-    inputs += [f"{name}.lora_{half}.weight" for name in lora_modules for half in "AB"]
-    outputs = ["logits"] + [f"present.{i}.{kind}" for i, kind in pairs]
-
-    samples: dict[str, Any] = {
-        "input_ids": torch.ones(_BATCH, _SEQUENCE, dtype=torch.long),
-        "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.long),
-        "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).contiguous(),
-        "past_key_values": _kv_samples(kv_heads, head_dim, _BATCH, _PAST),
-        "memory": _kv_samples(kv_heads, head_dim, 1, _MEMORY),
-        "lora": [(torch.zeros(x.in_features, _RANK), torch.zeros(_RANK, x.out_features)) for x in linears],
-    }
-    past, memory = {0: "batch", 2: "past"}, {2: "memory"}
-    dynamic = {
-        "input_ids": {0: "batch", 1: "sequence"},
-        "attention_mask": {0: "batch", 1: "total"},
-        "position_ids": {0: "batch", 1: "sequence"},
-        "past_key_values": [(past, past)] * len(layers),
-        "memory": [(memory, memory)] * len(layers),
-        # A rank of its own for every module: a memory may leave modules out, and ONNX Runtime shares buffers
-        # between tensors whose named sizes agree.
-        "lora": [({1: f"rank_{i}"}, {0: f"rank_{i}"}) for i in range(len(linears))],
-    }
+    check_model(model.config)
+    inputs, outputs = interface(model, lora_modules)
     target = Path(folder) / "onnx" / "model.onnx"
     target.parent.mkdir(parents=True, exist_ok=True)
-    slots = _Slots(model, linears)
-    say("tracing the backbone")
-    with _prepared(model, slots), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its own internals, at length
-        program = torch.onnx.export(
-            slots,
-            kwargs=samples,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=dynamic,
-            dynamo=True,
-            verbose=False,
-            optimize=False,
-        )
-    assert program is not None
-    weights = {**dict(slots.named_parameters(remove_duplicate=False)),
-               **dict(slots.named_buffers(remove_duplicate=False))}  # fmt: skip
-    taken = take_out(program.model, weights)
-    program.optimize()
-    _tidy(program.model)
-    say("writing model.onnx")
-    graph = onnx_ir.to_proto(program.model)
-    del program
-    del graph.graph.value_info[:]  # only a hint to readers, as large as the graph itself
-    with disk_errors(target), TensorFile(target) as data:
-        put_back(graph.graph, taken, weights, data)
+    with disk_errors(target), TensorFile(target) as weights:
+        writer = _Portable(model, weights, lora_modules)
+        writer.logits()
+        graph = writer.finished(inputs, outputs, own=False)
         if baked is not None:
             bake(graph, baked)
-            inputs = [name for name in inputs if not is_slot(name)]
         add_defaults(graph)
         onnx.save(graph, target)
-    vocab_size = graph.graph.output[0].type.tensor_type.shape.dim[2].dim_value
-    return GraphInfo(len(layers), kv_heads, head_dim, vocab_size, inputs, outputs)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    return GraphInfo(
+        layers=len(attentions),
+        kv_heads=[a.k_proj.out_features // a.head_dim for a in attentions],
+        head_dim=attentions[0].head_dim,
+        vocab_size=_words(model),
+        inputs=[v.name for v in inputs if baked is None or not is_slot(v.name)],
+        outputs=[v.name for v in outputs],
+    )
 
 
 def write_required(folder: str | Path, path: str) -> str:

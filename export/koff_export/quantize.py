@@ -1,7 +1,11 @@
 """fp16, int8 and int4 graphs: the weights alone, memory slots kept.
 
-int8 and int4 are block-wise (`MatMulNBits`). fp16 halves the file: its weights are cast to float32 when the
-graph is opened, and inputs and outputs stay float32, so that it runs wherever the float32 graph does.
+fp16 halves the file: its weights are cast to float32 when the graph is opened, and inputs and outputs stay
+float32, so that it runs wherever the float32 graph does. int8 is the standard's DequantizeLinear by block in
+front of each product; whoever opens it chooses what that means: ONNX Runtime by itself fuses the two, rounds
+the product's inputs to 8 bits as well and computes in them (`int8_dynamic`: fast, small in memory); told not
+to, it computes the float32 weights once (`int8`: exact, as fast and as large in memory as float32). int4 is
+`MatMulNBits`, inputs rounded to 8 bits.
 
 Needs onnx; imported only when exporting. The embedding stays float32: it is looked up, not multiplied. A tied
 head is quantised from a transposed copy, so a quantised graph holds the embedding in float32 and the head in
@@ -28,9 +32,9 @@ from koff_export.tensors import TensorFile
 logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
 
 _BLOCK = 32  # weights that share a scale
-# How a product is computed, by bits. 4 rounds its input to int8 by block too, as onnxruntime-genai does:
-# faster, and next to nothing beside what 4 bits lose. With 8 bits the KL would be several times itself.
-_ACCURACY = {4: 4, 8: 0}
+_ROUND_INPUTS = 4  # `MatMulNBits`' accuracy_level: next to nothing beside what 4 bits lose
+_OPSET = 21  # the first whose DequantizeLinear knows blocks
+_ZERO = 128  # what stands for 0 in 8 bits: ONNX Runtime's kernels are made for unsigned ones
 
 
 def _fold_transposes(graph: onnx.GraphProto) -> None:
@@ -57,6 +61,40 @@ def _halve(graph: onnx.GraphProto) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _to_bytes(model: onnx.ModelProto) -> None:
+    """Stores the matrices of products in 8 bits, symmetric by block along the inputs."""
+    graph = model.graph
+    used = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    nodes, kept = [], []
+    for tensor in graph.initializer:
+        if tensor.name not in used:
+            kept.append(tensor)
+            continue
+        name, weight = tensor.name, onnx.numpy_helper.to_array(tensor)
+        rows = -(-len(weight) // _BLOCK)
+        padded = np.pad(weight, ((0, rows * _BLOCK - len(weight)), (0, 0))).reshape(rows, _BLOCK, -1)
+        scale = np.abs(padded).max(1) / 127
+        scale[scale == 0] = 1
+        rounded = np.rint(padded / scale[:, None]).astype(np.int16) + _ZERO
+        parts = {
+            "int8": rounded.astype(np.uint8).reshape(rows * _BLOCK, -1)[: len(weight)],
+            "scale": scale.astype(np.float32),
+            "zero": np.full(scale.shape, _ZERO, np.uint8),
+        }
+        kept += [onnx.numpy_helper.from_array(part, f"{name}.{key}") for key, part in parts.items()]
+        nodes.append(onnx.helper.make_node(
+            "DequantizeLinear", [f"{name}.{key}" for key in parts], [name], name=f"{name}.float",
+            axis=0, block_size=_BLOCK,
+        ))  # fmt: skip
+    nodes += graph.node
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(kept)
+    graph.node.extend(nodes)
+    for opset in model.opset_import:
+        if not opset.domain:
+            opset.version = _OPSET
 
 
 def quantize(
@@ -86,10 +124,14 @@ def quantize(
     if bits == 16:
         _halve(model.graph)
         result = model
+    elif bits == 8:
+        _fold_transposes(model.graph)
+        _to_bytes(model)
+        result = model
     else:
         _fold_transposes(model.graph)
         quantizer = MatMulNBitsQuantizer(
-            model, bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ACCURACY[bits]
+            model, bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ROUND_INPUTS
         )
         quantizer.process()
         result = quantizer.model.model

@@ -18,7 +18,7 @@ from koff_export.errors import KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx
 from koff_export.sampling import check_sampling, pick
-from koff_export.session import check_session, open_session, run_errors
+from koff_export.session import INT8_DYNAMIC, check_session, open_session, run_errors
 
 if TYPE_CHECKING:
     from koff_export.text import ChatTemplate
@@ -62,7 +62,7 @@ class Runtime:
 
         Args:
             bundle: The bundle's folder.
-            precision: One of the manifest's precisions, e.g. "fp32", "int8".
+            precision: One of the manifest's precisions, e.g. "fp32", "int8", "int8_dynamic".
             verify: Compare the sha256 of every file before it is used.
             threads: Threads of ONNX Runtime; None leaves the choice to it.
             profile: "portable", "fused" or "in_place"; None takes the last that the bundle has: the fastest.
@@ -86,7 +86,7 @@ class Runtime:
         path = check_file(folder, manifest, paths[precision], hashes=verify)
         for data in check_onnx(path, folder):
             check_file(folder, manifest, data.relative_to(folder).as_posix(), hashes=verify)
-        session = open_session(path, threads, mapped)
+        session = open_session(path, threads, mapped, dynamic=precision == INT8_DYNAMIC)
         try:
             return cls(folder, manifest, session, verify, profile)
         except UnicodeDecodeError as error:

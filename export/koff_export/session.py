@@ -15,6 +15,7 @@ from koff_export.bundle import Manifest
 from koff_export.errors import KoffError
 from koff_export.graph import is_slot
 
+INT8_DYNAMIC = "int8_dynamic"  # the precision of an int8 graph whose products are computed in 8 bits too
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -32,13 +33,16 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def open_session(path: Path, threads: int | None = None, mapped: bool = False) -> ort.InferenceSession:
+def open_session(
+    path: Path, threads: int | None = None, mapped: bool = False, dynamic: bool = False
+) -> ort.InferenceSession:
     """Opens a checked graph on the CPU.
 
     Args:
         path: The `.onnx` file, with its weights beside it.
         threads: None leaves the choice to ONNX Runtime.
         mapped: Leave float weights on the disk, read as they are needed.
+        dynamic: Let products with int8 weights round their inputs to 8 bits and compute in those.
 
     Raises:
         KoffError: ONNX Runtime refuses the graph.
@@ -47,6 +51,8 @@ def open_session(path: Path, threads: int | None = None, mapped: bool = False) -
     options.log_severity_level = 4  # failures come back as exceptions; of optional slots it would warn
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not dynamic:  # the weights become float32 here, once
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     off: list[str] = []
     if mapped:  # pages of the file do where a copy was arranged for the kernels, or a tied head transposed
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -1,4 +1,4 @@
-"""Shared fixtures: one exported bundle for all tests, because an export takes about ten seconds."""
+"""Shared fixtures: one exported bundle for all tests."""
 
 from __future__ import annotations
 

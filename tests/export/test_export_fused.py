@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import shutil
@@ -79,6 +80,8 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             graph[key][name] = f"onnx/{stem}_{name}.onnx"
             quantize(folder / f"onnx/{stem}.onnx", folder / f"onnx/{stem}_{name}.onnx", bits, beside)
             beside = folder / f"onnx/{stem}_{name}.onnx"
+    for key in ("precisions", *FUSED):
+        graph[key]["int8_dynamic"] = graph[key]["int8"]
     memories: dict[str | None, tuple[Lora, Kv | None]] = {
         None: ({}, None),
         "both": (random_lora(model, 3, 1), random_kv(model, 7, 2)),
@@ -134,7 +137,9 @@ def test_a_padded_batch_answers_as_one_by_one(bundle: Bundle, profile: str) -> N
     assert fused.generate_batch(prompts, memories, 9) == alone
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("fp16", 1e-4), ("int8", 0.02), ("int4", 1.5)])
+@pytest.mark.parametrize(
+    ("precision", "limit"), [("fp16", 1e-4), ("int8", 0.02), ("int8_dynamic", 0.05), ("int4", 1.5)]
+)
 def test_few_bits_keep_the_memories(bundle: Bundle, profile: str, precision: str, limit: float) -> None:
     full = Runtime.open(bundle.folder, threads=1, profile=profile)
     low = Runtime.open(bundle.folder, precision, threads=1, profile=profile)
@@ -146,6 +151,28 @@ def test_few_bits_keep_the_memories(bundle: Bundle, profile: str, precision: str
         assert 0 < kl < limit, (memory, kl)
         if memory:
             assert np.abs(low.logits(ids, memory) - low.logits(ids)).max() > 0.5
+
+
+def test_int8_is_computed_in_float32_or_in_8_bits(bundle: Bundle, profile: str) -> None:
+    """Of one file: its float32 weights exactly, or with rounded inputs too."""
+    ids = [BOS, *range(40, 60)]
+    path = bundle.folder / f"onnx/{profile}_int8.onnx"
+    stored = {t.name: t for t in onnx.load(path).graph.initializer}
+    rounded = copy.deepcopy(bundle.model)
+    head = "tied_head_weight" if bundle.model.config.tie_word_embeddings else "lm_head.weight"
+    rounded.lm_head.weight = torch.nn.Parameter(rounded.lm_head.weight.detach().clone())  # untied
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            key = head if name == "lm_head" else f"{name}.weight"
+            q, scale = (onnx.numpy_helper.to_array(stored[f"{key}.{part}"]) for part in ("int8", "scale"))
+            weight = (q.astype(np.float32) - 128) * scale.repeat(32, 0)[: len(q)]
+            module.weight.data = torch.from_numpy(weight.T.copy())
+    for memory, (lora, kv) in bundle.memories.items():
+        want = torch_logits(rounded, torch.tensor([ids]), lora, kv)[0].numpy()
+        exact = Runtime.open(bundle.folder, "int8", threads=1, profile=profile).logits(ids, memory)
+        fast = Runtime.open(bundle.folder, "int8_dynamic", threads=1, profile=profile).logits(ids, memory)
+        assert np.abs(exact - want).max() < 1e-3
+        assert np.abs(fast - want).max() > 1e-3
 
 
 def test_profiles_share_their_weights(bundle: Bundle) -> None:
@@ -247,18 +274,18 @@ def test_the_profile_is_chosen(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
     assert default[0] == 0
     for profile in ("portable", "fused", "in_place"):
         assert answer(bundle.folder, "--profile", profile) == default
-    copy = Path(shutil.copytree(bundle.folder, tmp_path / "copy"))
-    manifest = json.loads((copy / "koff.json").read_text())
-    (copy / "onnx/in_place.onnx").unlink()
-    code, _, error = answer(copy)
+    there = Path(shutil.copytree(bundle.folder, tmp_path / "copy"))
+    manifest = json.loads((there / "koff.json").read_text())
+    (there / "onnx/in_place.onnx").unlink()
+    code, _, error = answer(there)
     assert code == 2 and "in_place.onnx" in error, "the fastest graph is what runs by default"
-    assert answer(copy, "--profile", "portable") == default
+    assert answer(there, "--profile", "portable") == default
     for key in FUSED:
         del manifest["graph"][key]
     del manifest["format"], manifest["files"]
-    write_manifest(copy, manifest)
-    assert answer(copy) == default
-    code, _, error = answer(copy, "--profile", "fused")
+    write_manifest(there, manifest)
+    assert answer(there) == default
+    code, _, error = answer(there, "--profile", "fused")
     assert code == 2 and "no profile 'fused'; it has: portable" in error
 
 

@@ -23,9 +23,11 @@ GEMMA = {
     "layer_types": ["sliding_attention", "full_attention"],
     "tie_word_embeddings": True,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 CASES = {
-    "qwen2": {"per_layer": True},
-    "qwen3": {"per_layer": True, "tie_word_embeddings": True},
+    "qwen2": {"per_layer": True, "hidden_act": "gelu"},
+    "qwen3": {"per_layer": True, "tie_word_embeddings": True, "rope_parameters": YARN},
+    "mistral": {"per_layer": False, "sliding_window": 3, "hidden_act": "relu"},
     "gemma3": {"per_layer": False, **GEMMA},
     "llama": {"per_layer": False, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
 }
@@ -54,8 +56,8 @@ def test_graph_equals_torch(family: str, tmp_path: Path) -> None:
             arrays[f"past_key_values.{i}.{kind}"] = np.zeros((2, heads, 0, info.head_dim), np.float32)
     for options, memory in ((None, ({}, None)), (with_memory, (lora, kv))):
         logits, *present = session.run(None, arrays, options)
-        # Gemma's memory must outlive the sliding window, which an ordinary cache would not let it.
-        if family == "gemma3" and options is not None:
+        # A memory must outlive the sliding window, which an ordinary cache would not let it.
+        if "sliding_window" in CASES[family] and options is not None:
             want = _with_koff_attention(model, ids, mask, *memory)
         else:
             want = torch_logits(model, ids, memory[0], memory[1], mask)
