@@ -5,6 +5,7 @@ Usage: python run_in_genai.py BUNDLE MEMORY PROMPT       (pip install onnxruntim
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from tokenizers import Tokenizer
 def main(bundle: Path, memory: str, prompt: str) -> None:
     """Prints up to 24 greedy tokens; the memory "none" is the bare backbone."""
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    bos = json.loads((bundle / "koff.json").read_text())[
+        "bos"
+    ]  # what the memories were trained behind, if anything
+    ids = ([] if bos is None else [bos]) + tokenizer.encode(prompt, add_special_tokens=False).ids
     model = genai.Model(str(bundle))
     settings = genai.GeneratorParams(model)
     settings.set_search_options(max_length=len(ids) + 24, do_sample=False)

@@ -3,8 +3,11 @@
 python examples/use_bundle.py runs/quickstart/bundle python "def fibonacci(n):"
 """
 
+import json
 import sys
+from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 from koff_prune import load_bundle
@@ -12,6 +15,11 @@ from koff_prune import load_bundle
 bundle, memory, prompt = sys.argv[1:4]
 model = load_bundle(bundle, memory=None if memory == "none" else memory)
 tokenizer = AutoTokenizer.from_pretrained(bundle)
-ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-out = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+bos = json.loads((Path(bundle) / "koff.json").read_text())[
+    "bos"
+]  # what the memories were trained behind, if anything
+ids = ([] if bos is None else [bos]) + tokenizer(prompt, add_special_tokens=False).input_ids
+out = model.generate(
+    torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id
+)
 print(tokenizer.decode(out[0], skip_special_tokens=True))

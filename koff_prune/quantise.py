@@ -29,7 +29,7 @@ def quantise(model: Any) -> None:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         raise KoffError(
-            "learn.base: nf4 needs bitsandbytes: pip install 'koff-prune[quantised]'; or set full"
+            "learn.base: nf4 needs bitsandbytes: pip install bitsandbytes; or set full"
         ) from error
     try:
         for layer in decoder_layers(model):

@@ -58,7 +58,7 @@ class ModelSection(Section):
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
         "auto",
-        description="Of the frozen weights; auto: bfloat16 where the CPU computes in it, else float32.",
+        description="Of the frozen weights; auto: bfloat16 where the machine computes in it, else float32.",
     )
     config: str | None = Field(
         default=None,
@@ -178,7 +178,8 @@ class Structure(Section):
     sparsity: Float = Field(default=0.12, gt=0, lt=1, description="Removed parameters / parameters of `of`.")
     of: Literal["total", "blocks"] = Field(default="total", description="total counts embeddings too.")
     widths: Literal["per_layer", "uniform"] = Field(
-        default="per_layer", description="uniform opens in stock transformers, vLLM, llama.cpp."
+        default="per_layer",
+        description="uniform opens in stock transformers and in llama.cpp whatever the family.",
     )
     round_to: Int = Field(default=8, ge=1, le=1024, description="FFN widths are multiples of this.")
 
@@ -269,13 +270,15 @@ class OnnxExport(Section):
     precision: list[Literal["fp32", "fp16", "int8", "int4"]] = Field(
         default=["fp32"],
         min_length=1,
-        description="Of the weights. fp16 and int8 are smaller files, computed in float32; int8's file is"
-        " int8_dynamic's too, which is faster and small in memory, and rounds the inputs as well, as int4.",
+        description="Of the weights; fp32 is written always. fp16 and int8 are smaller files, computed in"
+        " float32; int8's file is int8_dynamic's too, which is faster and small in memory, and rounds the"
+        " inputs as well, as int4.",
     )
     profiles: list[Literal["portable", "fused"]] = Field(
         default=["portable"],
         min_length=1,
-        description="portable: ONNX's own operators. fused: ONNX Runtime's, faster, same weights.",
+        description="portable: ONNX's own operators, written always. fused: ONNX Runtime's, faster, same"
+        " weights; with it comes in_place, whose cache holds the memory too.",
     )
     javascript: Bool = Field(
         default=False, description="Also graphs whose slots are required inputs, as JavaScript needs them."

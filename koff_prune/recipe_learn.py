@@ -28,7 +28,11 @@ class Gates(Section):
         " surgeon what is left of it when units go one after another and the others take over what they can"
         " (without cut.compensate: curvature).",
     )
-    learning_rate: Float = Field(default=0.05, ge=0, description="Of Adam; 0 keeps the start, in every form.")
+    learning_rate: Float = Field(
+        default=0.05,
+        ge=0,
+        description="0 keeps the start, in every form; else of Adam, which re_estimated gates do without.",
+    )
     prior_tokens: Int = Field(
         default=1_000_000,
         gt=0,

@@ -119,7 +119,7 @@ def _need_lm_eval() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise KoffError("tasks need lm-eval: pip install 'koff-prune[eval]'") from error
+        raise KoffError("tasks need lm-eval: pip install lm-eval") from error
 
 
 def _records(source: TaskSource) -> list[dict[str, Any]]:

@@ -126,4 +126,4 @@ def test_a_missing_extra_is_told(
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     answer = koff_prune(capsys, "tasks", run)
-    assert answer.code == 2 and "koff-prune[eval]" in answer.err
+    assert answer.code == 2 and "pip install lm-eval" in answer.err
