@@ -54,6 +54,8 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
     }
     if "fused" in recipe.export.onnx.profiles:
         stamp["export"]["onnx"]["profiles"].append("in_place")  # bundles made before it was there lack it
+    if "int8" in recipe.export.onnx.precision:
+        stamp["export"]["onnx"]["precision"].append("int8_dynamic")  # the same
     if recipe.export.onnx.profiles == ["portable"]:
         del stamp["export"]["onnx"]["profiles"]  # bundles made before there was a choice do not name it
     if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get(

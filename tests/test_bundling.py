@@ -144,7 +144,7 @@ def test_weights_may_stay_on_the_disk(place: Path, capsys: pytest.CaptureFixture
         found.append(json.loads(capsys.readouterr().out)["perplexity"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert koff_run([*command, "--mapped", "--precision", "int8"]) == 2
-    assert "--mapped: int8" in capsys.readouterr().err
+    assert "mapped: int8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -66,11 +66,12 @@ def test_node_says_the_same_tokens(
     done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert [int(token) for token in done.stdout.split()] == expected[memory]
-    few_bits = subprocess.run(  # node has no option that would make float32 of int8 weights
-        [*command, "int8_dynamic"], cwd=site, capture_output=True, text=True, timeout=60, check=False
-    )
-    ours = list(Runtime.open(site / "bundle", "int8_dynamic").generate_tokens(PROMPT, memory, 24))
-    assert [int(token) for token in few_bits.stdout.split()] == ours
+    for precision in ("int8", "int8_dynamic"):
+        few_bits = subprocess.run(
+            [*command, precision], cwd=site, capture_output=True, text=True, timeout=60, check=False
+        )
+        ours = list(Runtime.open(site / "bundle", precision).generate_tokens(PROMPT, memory, 24))
+        assert [int(token) for token in few_bits.stdout.split()] == ours, few_bits.stderr
 
 
 @pytest.mark.timeout(240)

@@ -45,7 +45,9 @@ export class Bundle {
     const manifest = JSON.parse(text.decode(await read("koff.json")));
     const path = manifest.graph?.javascript?.[precision];
     if (!path) throw new Error(`the bundle has no JavaScript graph in ${precision}: export.onnx.javascript: true makes one`);
-    return new Bundle(ort, read, manifest, await createSession(path));
+    // int8 weights become float32 when the graph is opened; int8_dynamic, of the same file, computes in 8 bits
+    const options = precision === "int8" ? { extra: { session: { disable_quant_qdq: "1" } } } : {};
+    return new Bundle(ort, read, manifest, await createSession(path, options));
   }
 
   /** The inputs that a memory fills; those of no memory are empty. */

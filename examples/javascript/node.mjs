@@ -8,7 +8,7 @@ const [folder, memory, tokens, precision = "fp32"] = process.argv.slice(2);
 const bundle = await Bundle.open(
   ort,
   async (path) => new Uint8Array(await readFile(join(folder, path))),
-  (path) => ort.InferenceSession.create(join(folder, path)),
+  (path, options) => ort.InferenceSession.create(join(folder, path), options),
   precision,
 );
 console.log((await bundle.generate(tokens.split(",").map(Number), memory === "none" ? null : memory)).join(" "));

@@ -10,8 +10,6 @@ layers too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -86,30 +84,9 @@ AttentionInterface.register(ATTENTION, koff_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def set_attention(model: PreTrainedModel, name: str = ATTENTION) -> list[tuple[Any, str | None]]:
-    """Makes every layer use the attention function `name`, also layers that have a config of their own.
-
-    Returns:
-        The configs that were changed, each with its former name, for `restore_attention`.
-    """
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config, _ in before:
-        config._attn_implementation = name
-    return before
-
-
-def restore_attention(before: list[tuple[Any, str | None]]) -> None:
-    """Undoes `set_attention`."""
-    for config, name in before:
-        config._attn_implementation = name
-
-
-@contextmanager
-def attention(model: PreTrainedModel, name: str = ATTENTION) -> Iterator[None]:
-    """`set_attention` for the length of a block."""
-    before = set_attention(model, name)
-    try:
-        yield
-    finally:
-        restore_attention(before)
+def set_attention(model: PreTrainedModel) -> None:
+    """Makes every layer use `koff_attention`, also layers that have a config of their own."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation = ATTENTION

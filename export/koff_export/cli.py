@@ -256,8 +256,6 @@ def _run(args: argparse.Namespace) -> None:
     refuse_two_wheels()
     if sum([bool(args.score), bool(args.batch), args.prompt is not None or args.chat]) > 1:
         raise KoffError("--score, --batch and --prompt or --chat each stand alone: leave out the others")
-    if args.mapped and args.precision != "fp32":
-        raise KoffError(f"--mapped: {args.precision} weights are always arranged anew; leave it out")
     if args.threads is not None and args.threads < 1:
         raise KoffError(f"--threads {args.threads} is not possible: give 1 or more")
     from koff_export.runtime import Runtime
@@ -294,7 +292,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except MemoryError:
-        print("error: out of memory; shorten the text, or take a smaller --precision", file=sys.stderr)
+        print(
+            "error: out of memory; shorten the text, or take --precision int8_dynamic or int4",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -29,7 +29,7 @@ from koff_export.errors import KoffError
 from koff_export.files import disk_errors
 from koff_export.onnx import Pair, add_defaults, bake
 from koff_export.tensors import TensorFile
-from koff_export.writer import FLOAT, HIDDEN, INT32, GraphWriter, activation_of
+from koff_export.writer import ACTIVATIONS, FLOAT, HIDDEN, INT32, GraphWriter, activation_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # a table of positions says all about them
@@ -46,8 +46,8 @@ def check_fused(config: Any) -> None:
     reason = None
     if config.model_type not in FAMILIES:
         reason = f"knows {', '.join(FAMILIES)}, not {config.model_type}"
-    elif activation_of(config) != "silu":
-        reason = f"knows the activation silu, not {config.hidden_act}"
+    elif ACTIVATIONS.get(activation_of(config)) != "silu":
+        reason = f"knows the activation silu, not {activation_of(config)}"
     elif rope.get("rope_type", "default") not in _STATIC_ROPE:
         reason = f"knows rotations {', '.join(_STATIC_ROPE)}, not {rope['rope_type']}"
     elif "sliding_attention" in (getattr(config, "layer_types", None) or []) or (

@@ -8,7 +8,8 @@ from typing import Any
 from koff_export.files import read_json, write_json
 
 CONFIG = "genai_config.json"
-# The precision that genai opens: the smallest that loses little, where the bundle has it.
+# The precision that genai opens: the smallest that loses little, where the bundle has it. ONNX Runtime has
+# its way there, so that int8 is computed as `int8_dynamic`.
 _PREFERRED = ("int8", "fp32", "int4")
 
 

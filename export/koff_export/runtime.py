@@ -83,6 +83,8 @@ class Runtime:
         paths = profiles[profile]
         if precision not in paths:
             raise KoffError(f"the bundle has no precision {precision!r}; it has: {', '.join(paths)}")
+        if mapped and precision != "fp32":
+            raise KoffError(f"mapped: {precision} weights are always arranged anew; leave it out")
         path = check_file(folder, manifest, paths[precision], hashes=verify)
         for data in check_onnx(path, folder):
             check_file(folder, manifest, data.relative_to(folder).as_posix(), hashes=verify)

@@ -24,7 +24,14 @@ from koff_export.tensors import TensorFile
 
 # Families whose layers are as `GraphWriter.logits` writes them.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+# What a feed-forward block's gate goes through, by transformers' names for it.
+_ACTIVATIONS = {
+    "silu": ("silu", "swish"),
+    "relu": ("relu",),
+    "gelu": ("gelu", "gelu_python"),
+    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast"),
+}
+ACTIVATIONS = {name: kind for kind, names in _ACTIVATIONS.items() for name in names}
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
 OPSET, IR_VERSION = 20, 10
 HIDDEN = -1e9  # added to the score of what a token must not see: finite, or a padded row would be no number
@@ -38,8 +45,8 @@ def check_model(config: Any) -> None:
     """
     reason = None
     rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
-    kinds = {table.get("rope_type", "default") for table in by_layer if table}
+    by_layer = [table for table in rope.values() if isinstance(table, dict)] or [rope]
+    kinds = {table.get("rope_type", "default") for table in by_layer}
     if config.model_type not in FAMILIES:
         reason = f"knows {', '.join(FAMILIES)}, not {config.model_type}"
     elif activation_of(config) not in ACTIVATIONS:
@@ -54,7 +61,7 @@ def check_model(config: Any) -> None:
 
 def activation_of(config: Any) -> str:
     """What a feed-forward block's gate goes through, by transformers' name."""
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+    return str(config.hidden_activation if config.model_type == "gemma3_text" else config.hidden_act)
 
 
 def windows_of(model: PreTrainedModel) -> list[int | None]:
@@ -161,9 +168,7 @@ class GraphWriter(ABC):
         embedding = self.weight("model.embed_tokens.weight", table.weight)
         residual = self.op("Gather", embedding, "input_ids")
         if self.sandwich:
-            # rounded as the model rounds it
-            factor = self.scalar("embed_scale", float(table.embed_scale.to(table.weight.dtype)))
-            residual = self.op("Mul", residual, factor)
+            residual = self.op("Mul", residual, self.scalar("embed_scale", float(table.embed_scale)))
         x = self.norm(residual, layers[0].input_layernorm, "model.layers.0.input_layernorm")
         for i, layer in enumerate(layers):
             path = f"model.layers.{i}"
@@ -186,7 +191,10 @@ class GraphWriter(ABC):
             matrix = self.op("Transpose", embedding, perm=[1, 0], name="tied_head_weight")
         else:
             matrix = self.weight("lm_head.weight", head.weight.T)
-        self.lora(x, self.op("MatMul", x, matrix), "lm_head")
+        y = self.lora(x, self.op("MatMul", x, matrix), "lm_head")
+        if cap := getattr(config, "final_logit_softcapping", None):
+            limit = self.scalar("softcapping", cap)
+            self.op("Mul", self.op("Tanh", self.op("Div", y, limit)), limit)
         self.nodes[-1].output[0] = "logits"
 
     def _attention(self, x: str, module: Any, path: str, i: int) -> str:
@@ -204,13 +212,13 @@ class GraphWriter(ABC):
         gate, up = (
             self.linear(x, getattr(module, name), f"{path}.{name}") for name in ("gate_proj", "up_proj")
         )
-        kind = activation_of(config)
+        kind = ACTIVATIONS[activation_of(config)]
         if kind == "silu":
             active = self.op("Mul", gate, self.op("Sigmoid", gate))
         elif kind == "relu":
             active = self.op("Relu", gate)
         else:
-            active = self.op("Gelu", gate, approximate="tanh" if kind == "gelu_pytorch_tanh" else "none")
+            active = self.op("Gelu", gate, approximate="tanh" if kind == "gelu_tanh" else "none")
         return self.linear(self.op("Mul", active, up), module.down_proj, f"{path}.down_proj")
 
     def finished(

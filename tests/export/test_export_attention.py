@@ -7,7 +7,7 @@ import torch
 from export_helpers import Kv, random_kv, tiny_model, torch_logits
 from transformers import DynamicCache, PreTrainedModel
 
-from koff_export.attention import attention, set_attention
+from koff_export.attention import ATTENTION, set_attention
 
 
 def attach(model: PreTrainedModel, kv: Kv | None) -> None:
@@ -21,16 +21,16 @@ def test_without_memory_it_is_sdpa_bit_for_bit(family: str) -> None:
     ids = torch.randint(3, 250, (2, 9))
     padded = torch.ones_like(ids)
     padded[1, :4] = 0
-    for mask in (None, padded):
-        want = model(ids, attention_mask=mask).logits
-        with attention(model):
-            assert torch.equal(model(ids, attention_mask=mask).logits, want)
-            attach(model, None)
-            assert torch.equal(model(ids, attention_mask=mask).logits, want)
-            attach(model, random_kv(model, 0, 0))
-            assert torch.equal(model(ids, attention_mask=mask).logits, want)
-            attach(model, None)
-    assert model.config._attn_implementation == "sdpa"
+    wanted = [(mask, model(ids, attention_mask=mask).logits) for mask in (None, padded)]
+    set_attention(model)
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {ATTENTION}
+    for mask, want in wanted:
+        assert torch.equal(model(ids, attention_mask=mask).logits, want)
+        attach(model, None)
+        assert torch.equal(model(ids, attention_mask=mask).logits, want)
+        attach(model, random_kv(model, 0, 0))
+        assert torch.equal(model(ids, attention_mask=mask).logits, want)
+        attach(model, None)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

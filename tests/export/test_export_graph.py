@@ -17,6 +17,7 @@ from export_helpers import Exported, lora_modules, random_kv, random_lora, tiny_
 from koff_export.errors import KoffError
 from koff_export.graph import check_onnx
 from koff_export.onnx import export_onnx, write_adapter
+from koff_export.writer import check_model
 
 GEMMA = {
     "sliding_window": 3,
@@ -27,8 +28,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 CASES = {
     "qwen2": {"per_layer": True, "hidden_act": "gelu"},
     "qwen3": {"per_layer": True, "tie_word_embeddings": True, "rope_parameters": YARN},
-    "mistral": {"per_layer": False, "sliding_window": 3, "hidden_act": "relu"},
-    "gemma3": {"per_layer": False, **GEMMA},
+    "mistral": {"per_layer": False, "sliding_window": 3, "hidden_act": "gelu_new"},
+    "gemma3": {"per_layer": False, "final_logit_softcapping": 2.0, **GEMMA},
     "llama": {"per_layer": False, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
 }
 
@@ -40,7 +41,11 @@ def test_graph_equals_torch(family: str, tmp_path: Path) -> None:
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     lora, kv = random_lora(model, 3, 1), random_kv(model, 6, 2)
+    for parameter in model.parameters():  # buffers stay float32, as in a model that was saved in bfloat16
+        parameter.data = parameter.data.bfloat16()
     info = export_onnx(model, tmp_path, lora_modules=lora_modules(model))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
     write_adapter(tmp_path / "a.onnx_adapter", lora, kv)
     session = ort.InferenceSession(tmp_path / "onnx/model.onnx", providers=["CPUExecutionProvider"])
     assert [x.name for x in (*session.get_inputs(), *session.get_overridable_initializers())] == info.inputs
@@ -74,13 +79,13 @@ def test_graph_equals_torch(family: str, tmp_path: Path) -> None:
 
 
 def _with_koff_attention(model, ids, mask, lora, kv):  # type: ignore[no-untyped-def]
-    from koff_export.attention import attention
+    from koff_export.attention import set_attention
 
     for layer, pair in zip(model.model.layers, kv, strict=True):
         layer.self_attn.koff_kv = tuple(t[None] for t in pair)
     positions = (mask.cumsum(1) - 1).clamp(min=0) + kv[0][0].shape[1]
-    with attention(model):
-        return torch_logits(model, ids, lora, None, mask, positions)
+    set_attention(model)
+    return torch_logits(model, ids, lora, None, mask, positions)
 
 
 def test_a_tied_embedding_is_written_once_and_no_path_of_this_machine(exported: Exported) -> None:
@@ -122,6 +127,18 @@ def test_exporting_holds_no_copy_of_the_weights(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.5
+
+
+def test_what_a_graph_would_not_say_is_refused() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    kinds = {"full_attention": {**rope, "rope_type": "dynamic", "factor": 2.0}, "sliding_attention": rope}
+    for model, says in (
+        (tiny_model("gemma3", False, rope_parameters=kinds, **GEMMA), "rotation dynamic"),  # type: ignore[arg-type]
+        (tiny_model("gemma3", False, use_bidirectional_attention=True, **GEMMA), "looks ahead"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(KoffError, match=says):
+            check_model(model.config)
+    check_model(tiny_model("llama", hidden_act="swish", hidden_activation="mish").config)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
