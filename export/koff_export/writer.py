@@ -1,8 +1,8 @@
 """A backbone's graph, written node by node: what all profiles of it have in common.
 
-Nothing is traced, so an export takes seconds, holds one weight at a time, and does not depend on what a
-tracer makes of a model. What is written is what transformers computes in float32; `koff-prune export` and
-`verify` hold the two against each other.
+Nothing is traced: an export holds one weight at a time, and does not depend on what a tracer makes of a
+model. What is written is what transformers computes in float32; `koff-prune export` and `verify` hold the two
+against each other.
 
 Needs torch, transformers and onnx; imported only when exporting.
 """
