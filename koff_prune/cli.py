@@ -28,6 +28,24 @@ app = typer.Typer(
 
 app.add_typer(memory_app, name="memory")
 
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from koff_prune import __version__
+
+        typer.echo(f"koff-prune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell it and leave.")
+    ] = False,
+) -> None:
+    """What stands before a command; typer takes the program's own help from `app`."""
+
+
 DEVICE_HELP = "Where models compute: cpu, cuda, cuda:1, ... [default: a CUDA GPU, if there is one]."
 OUT_OF_MEMORY = (
     "out of memory; lower learn.window or learn.batch, or set learn.gradient_checkpointing: true;"

@@ -15,7 +15,7 @@ import torch
 from run_helpers import koff_prune, mistake, recipe_of
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from koff_prune import documents
+from koff_prune import __version__, documents
 from koff_prune.learn import LearnTrainer
 
 
@@ -300,6 +300,8 @@ def test_schema_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("apply", "learn", "plan", "cut", "export", "compare", "schema", "verify"):
         assert command in answer.out
         assert koff_prune(capsys, command, "--help").code == 0
+    answer = koff_prune(capsys, "--version")
+    assert answer.code == 0 and answer.out == f"koff-prune {__version__}\n"
     answer = koff_prune(capsys, "aply")
     assert answer.code == 2 and "Traceback" not in answer.err
 
