@@ -294,6 +294,22 @@ def verify(bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", s
     print(json.dumps(check(bundle), indent=2))
 
 
+@app.command()
+def ship(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="The new folder.", show_default=False)],
+    precision: Annotated[str, typer.Option("--precision", help="fp32, fp16, int8, int8_dynamic or int4.")],
+    profile: Annotated[str | None, typer.Option("--profile", help="[default: the fastest there is].")] = None,
+    memory: Annotated[
+        list[str] | None, typer.Option("--memory", help="Take this one along; repeatable [default: all].")
+    ] = None,
+) -> None:
+    """Copy what a device needs: one graph, the tokenizer and memories, as a bundle of its own."""
+    from koff_export.ship import ship as copy
+
+    print(copy(bundle, out, precision, profile, memory))
+
+
 def _quiet() -> None:
     """The libraries' own notices are for their developers; ours are one sentence each."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

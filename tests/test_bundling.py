@@ -366,6 +366,19 @@ def test_the_examples_run(place: Path, script: str, arguments: tuple[str, ...], 
     assert expected in done.stdout
 
 
+def test_a_part_is_shipped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, part = place / "run/bundle", tmp_path / "part"
+    command = ("ship", bundle, "--precision", "int8_dynamic", "--memory", "law", "--out", part)
+    assert koff_prune(capsys, *command).code == 0
+    scored = ["--memory", "law", "--json", "--score", str(place / "run/domains/law.heldout.jsonl")]
+    told = []
+    for folder, options in ((part, []), (bundle, ["--precision", "int8_dynamic"])):
+        assert koff_run([str(folder), *options, *scored]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1] and told[0]["precision"] == "int8_dynamic"
+    mistake(koff_prune(capsys, *command), "exists already")
+
+
 @pytest.mark.parametrize(
     ("config", "onnx", "says"),
     [

@@ -79,9 +79,25 @@ class Graph:
 
     @property
     def profiles(self) -> dict[str, dict[str, str]]:
-        """The profiles at hand, the portable one first: paths by precision."""
+        """The profiles at hand, the portable one, where it is there, first: paths by precision."""
         others = {"fused": self.fused, "in_place": self.in_place}
-        return {"portable": self.precisions, **{name: paths for name, paths in others.items() if paths}}
+        every = {"portable": self.precisions, **others}
+        return {name: paths for name, paths in every.items() if paths}
+
+    def choose(self, profile: str | None, precision: str | None) -> tuple[str, str]:
+        """Those asked for; None takes the last profile, the fastest, and float32 where it is there.
+
+        Raises:
+            KoffError: there is no such one.
+        """
+        profile = profile or [*self.profiles][-1]
+        if profile not in self.profiles:
+            raise KoffError(f"the bundle has no profile {profile!r}; it has: {', '.join(self.profiles)}")
+        paths = self.profiles[profile]
+        precision = precision or ("fp32" if "fp32" in paths else next(iter(paths)))
+        if precision not in paths:
+            raise KoffError(f"the bundle has no precision {precision!r}; it has: {', '.join(paths)}")
+        return profile, precision
 
 
 @dataclass(frozen=True)
@@ -185,14 +201,7 @@ class _Reader:
 
 def _domain(name: str, value: Any, where: str) -> Domain:
     # Names become file names and command words.
-    if (
-        not name
-        or name == "none"
-        or "/" in name
-        or "\\" in name
-        or name.startswith(".")
-        or not name.isprintable()
-    ):
+    if not name.isprintable() or name in ("", "none") or name[0] == "." or {"/", "\\"} & set(name):
         raise KoffError(f"{where}: {name!r} is no name for a domain: the bundle is damaged or hostile")
     r = _Reader(value, f"{where}, domain {name!r}")
     return Domain(
@@ -222,11 +231,10 @@ def _graph(value: Any, where: str) -> Graph:
     )
     if len(graph.kv_heads) != graph.layers or min(graph.kv_heads, default=0) < 1:
         raise r.fail("kv_heads", "one count of at least 1 per layer")
-    for key, paths in (
-        ("precisions", graph.precisions),
-        ("fused", graph.fused),
-        ("in_place", graph.in_place),
-    ):
+    named = {"precisions": graph.precisions, "fused": graph.fused, "in_place": graph.in_place}
+    if not any(named.values()):
+        raise r.fail("precisions", "a map of names to paths")
+    for key, paths in named.items():
         if not all(isinstance(path, str) for path in paths.values()):
             raise r.fail(key, "a map of names to paths")
     return graph
@@ -280,12 +288,11 @@ def open_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 def _walk(folder: Path) -> list[str]:
     """POSIX paths of all files below `folder`, sorted; hidden ones are left out (nothing reads them)."""
-    found = []
+    found: list[str] = []
     for base, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            (Path(base) / name).relative_to(folder).as_posix() for name in names if not name.startswith(".")
-        ]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        seen = (Path(base) / name for name in names if not name.startswith("."))
+        found += [path.relative_to(folder).as_posix() for path in seen]
     return sorted(found)
 
 

@@ -60,8 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="with --score: print one JSON object")
     parser.add_argument(
         "--precision",
-        default="fp32",
-        help="fp32 (default), fp16, int8, int8_dynamic, int4: what the bundle has",
+        help="fp32 (default, if it is there), fp16, int8, int8_dynamic, int4: what the bundle has",
     )
     parser.add_argument(
         "--profile",
@@ -136,7 +135,7 @@ def _score(runtime: Runtime, args: argparse.Namespace) -> None:
     mean = nll / tokens
     perplexity = math.exp(mean) if mean < 700 else math.inf
     if args.json:
-        row = {"memory": args.memory or "none", "precision": args.precision, "perplexity": perplexity}
+        row = {"memory": args.memory or "none", "precision": runtime.precision, "perplexity": perplexity}
         print(json.dumps({**row, "nll": nll, "tokens": tokens, "windows": len(windows)}))
     else:
         memory = args.memory or "none"

@@ -32,11 +32,17 @@ class Runtime:
     """A bundle opened for use. Make one with `Runtime.open`."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, session: ort.InferenceSession, verify: bool, profile: str
+        self,
+        folder: Path,
+        manifest: Manifest,
+        session: ort.InferenceSession,
+        verify: bool,
+        profile: str,
+        precision: str,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.profile = profile
+        self.profile, self.precision = profile, precision
         self._session = session
         self._verify = verify
         self._adapters: dict[str, Adapter] = {}
@@ -52,7 +58,7 @@ class Runtime:
     def open(
         cls,
         bundle: str | os.PathLike[str],
-        precision: str = "fp32",
+        precision: str | None = None,
         verify: bool = True,
         threads: int | None = None,
         profile: str | None = None,
@@ -62,7 +68,7 @@ class Runtime:
 
         Args:
             bundle: The bundle's folder.
-            precision: One of the manifest's precisions, e.g. "fp32", "int8", "int8_dynamic".
+            precision: One of the manifest's, e.g. "int8_dynamic"; None: fp32, or the first of others.
             verify: Compare the sha256 of every file before it is used.
             threads: Threads of ONNX Runtime; None leaves the choice to it.
             profile: "portable", "fused" or "in_place"; None takes the last that the bundle has: the fastest.
@@ -76,21 +82,15 @@ class Runtime:
         manifest = open_manifest(folder)
         if manifest.graph is None:
             raise KoffError(f"{folder} holds no ONNX graph: export it with the format onnx")
-        profiles = manifest.graph.profiles
-        profile = profile or [*profiles][-1]
-        if profile not in profiles:
-            raise KoffError(f"the bundle has no profile {profile!r}; it has: {', '.join(profiles)}")
-        paths = profiles[profile]
-        if precision not in paths:
-            raise KoffError(f"the bundle has no precision {precision!r}; it has: {', '.join(paths)}")
+        profile, precision = manifest.graph.choose(profile, precision)
         if mapped and precision != "fp32":
             raise KoffError(f"mapped: {precision} weights are always arranged anew; leave it out")
-        path = check_file(folder, manifest, paths[precision], hashes=verify)
+        path = check_file(folder, manifest, manifest.graph.profiles[profile][precision], hashes=verify)
         for data in check_onnx(path, folder):
             check_file(folder, manifest, data.relative_to(folder).as_posix(), hashes=verify)
         session = open_session(path, threads, mapped, dynamic=precision == INT8_DYNAMIC)
         try:
-            return cls(folder, manifest, session, verify, profile)
+            return cls(folder, manifest, session, verify, profile, precision)
         except UnicodeDecodeError as error:
             raise KoffError(f"{path} has names that are no text: fetch the bundle again") from error
 

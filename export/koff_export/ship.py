@@ -1,0 +1,78 @@
+"""What a device needs of a bundle: a graph in one precision, tokenizer and memories; no weights for torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from koff_export.bundle import MANIFEST, MERGED_KV, check_file, open_manifest, write_manifest
+from koff_export.errors import KoffError
+from koff_export.files import read_json, staged_dir
+from koff_export.graph import check_onnx
+
+_TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
+
+
+def ship(
+    bundle: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    precision: str,
+    profile: str | None = None,
+    memories: Sequence[str] | None = None,
+) -> Path:
+    """Copies what `koff-run` needs into a bundle of its own, which opens in that precision by itself.
+
+    Args:
+        bundle: With ONNX graphs; every copied file is checked against its sha256.
+        target: A folder that is not there yet.
+        precision: One of the bundle's.
+        profile: "portable", "fused" or "in_place"; None: the last that the bundle has, the fastest.
+        memories: Domains to take along; None: all. More can be dropped in later.
+
+    Returns:
+        The target.
+
+    Raises:
+        KoffError: No such precision, profile or memory, the target exists, or a file is missing or changed.
+    """
+    source, target = Path(bundle), Path(target)
+    manifest = open_manifest(source)
+    if target.exists():
+        raise KoffError(f"{target} exists already: choose another folder, or remove it")
+    if manifest.graph is None:
+        raise KoffError(f"{source} holds no ONNX graph: export it with the format onnx")
+    profile, precision = manifest.graph.choose(profile, precision)
+    file = manifest.graph.profiles[profile][precision]
+    names = list(manifest.domains) if memories is None else list(memories)
+    for name in names:
+        if name not in manifest.domains:
+            raise KoffError(f"the bundle has no memory {name!r}; it has: {', '.join(manifest.domains)}")
+    graph = check_file(source, manifest, file)
+    data = [path.relative_to(source).as_posix() for path in check_onnx(graph, source)]
+    adapters = [manifest.domains[name].adapter for name in names]
+    wanted = [file, *data, *(path for path in adapters if path is not None)]
+    wanted += [name for name in (*_TEXT, MERGED_KV) if name in manifest.files]
+    with staged_dir(target) as aside:
+        for name in wanted:
+            path = aside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(check_file(source, manifest, name), path)
+        write_manifest(aside, _told(read_json(source / MANIFEST), profile, precision, names))
+    return target
+
+
+def _told(told: dict[str, Any], profile: str, precision: str, names: Sequence[str]) -> dict[str, Any]:
+    """The manifest of what was copied. The precision asked for comes first: it is what opens by itself."""
+    key = "precisions" if profile == "portable" else profile
+    paths = told["graph"][key]
+    same = [name for name, path in paths.items() if path == paths[precision] and name != precision]
+    graph = {
+        k: v for k, v in told["graph"].items() if k not in ("precisions", "fused", "in_place", "javascript")
+    }
+    graph |= {"precisions": {}, key: {name: paths[name] for name in (precision, *same)}}
+    domains = {name: {**told["domains"][name], "gguf": None, "peft": None} for name in names}
+    rest = {k: v for k, v in told.items() if k not in ("format", "files", "gguf")}
+    return {**rest, "graph": graph, "domains": domains}

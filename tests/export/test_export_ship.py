@@ -1,0 +1,80 @@
+"""A part of a bundle for a device: it answers as the whole one does, and holds nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from export_helpers import BOS, Exported
+
+from koff_export.bundle import check_files, open_manifest, write_manifest
+from koff_export.cli import main as koff_run
+from koff_export.errors import KoffError
+from koff_export.fused import export_fused
+from koff_export.quantize import quantize
+from koff_export.runtime import Runtime
+from koff_export.ship import ship
+
+PROMPT = [BOS, *range(40, 60)]
+
+
+@pytest.fixture(scope="module")
+def whole(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared bundle with fused graphs and int8 beside."""
+    folder = tmp_path_factory.mktemp("whole") / "bundle"
+    shutil.copytree(exported.folder, folder)
+    model, onnx = exported.model, folder / "onnx"
+    export_fused(model, onnx / "fused.onnx", onnx / "model.onnx")
+    export_fused(model, onnx / "in_place.onnx", onnx / "fused.onnx", in_place=True)
+    graph = json.loads((folder / "koff.json").read_text())["graph"]
+    beside = None
+    for key, stem in (("precisions", "model"), ("fused", "fused"), ("in_place", "in_place")):
+        int8 = onnx / f"{stem}_int8.onnx"
+        quantize(onnx / f"{stem}.onnx", int8, 8, beside)
+        beside, path = int8, f"onnx/{stem}_int8.onnx"
+        graph[key] = {"fp32": f"onnx/{stem}.onnx", "int8": path, "int8_dynamic": path}
+    manifest = json.loads((folder / "koff.json").read_text())
+    del manifest["files"], manifest["format"]
+    write_manifest(folder, {**manifest, "graph": graph})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("precision", "profile"), [("int8_dynamic", None), ("int8", "portable"), ("fp32", "fused")]
+)
+def test_it_answers_as_the_whole_bundle(
+    whole: Path, precision: str, profile: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = ship(whole, tmp_path / "part", precision, profile, ["law", "math"])
+    check_files(part, open_manifest(part))
+    ours, theirs = (Runtime.open(folder, *asked, threads=1, profile=p)
+                    for folder, asked, p in ((part, (), None), (whole, (precision,), profile)))  # fmt: skip
+    assert (ours.precision, ours.profile) == (precision, profile or "in_place")
+    assert set(ours.memories) == {"law", "math"}
+    for memory in (None, "law", "math"):
+        assert ours.logits(PROMPT, memory).tobytes() == theirs.logits(PROMPT, memory).tobytes()
+    assert koff_run([str(part), "--prompt", "the law", "--max-new-tokens", "3", "--threads", "1"]) == 0
+    assert capsys.readouterr().out
+    graphs = {path.name for path in (part / "onnx").glob("*.onnx")}
+    assert len(graphs) == 1 and not list(part.rglob("*.safetensors"))
+    if precision != "fp32":
+        assert not (part / "onnx/model.onnx.data").exists(), "float32 weights stay at home"
+
+
+def test_what_cannot_be_shipped_is_told(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for asked, says in (
+        (("there", "int8"), "exists already"),
+        (("new", "int3"), "no precision 'int3'; it has: fp32, int8"),
+        (("new", "int8", "swift"), "no profile 'swift'"),
+        (("new", "int8", None, ["sea"]), "no memory 'sea'; it has: law, math, music"),
+    ):
+        with pytest.raises(KoffError, match=says):
+            ship(whole, tmp_path / asked[0], *asked[1:])  # type: ignore[arg-type]
+    damaged = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    (damaged / "onnx/memories/law.onnx_adapter").write_bytes(b"?")
+    with pytest.raises(KoffError, match=r"law.onnx_adapter' has 1 bytes"):
+        ship(damaged, tmp_path / "new", "int8")
+    assert not (tmp_path / "new").exists()
