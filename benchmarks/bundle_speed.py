@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -251,8 +251,8 @@ def tell(rounds: list[dict[str, dict[str, float]]], tokens: int) -> dict[str, An
     }  # fmt: skip
 
 
-def compare(run: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Every race, precision by precision."""
+def compare(run: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every race, precision by precision: what is known after each."""
     from koff_export.bundle import open_manifest
 
     manifest = open_manifest(run / "bundle")
@@ -268,6 +268,8 @@ def compare(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
     for precision in args.precision or manifest.graph.precisions:
         for race_name, cases in races_of(run, precision, memory, args.engine or ENGINES).items():
+            if race_name in manifest.graph.profiles and args.profile and race_name not in args.profile:
+                continue
             if race_name not in ("profiles", "genai"):  # those are made of the others' cases
                 result["footprint"][f"{precision} {race_name}"] = {
                     label: {
@@ -280,10 +282,11 @@ def compare(run: Path, args: argparse.Namespace) -> dict[str, Any]:
             found = result["races"][f"{precision} {race_name}"] = tell(rounds, args.tokens)
             for pair, ratios in found["ratios"].items():
                 print(precision, race_name, pair, ratios, flush=True)
+            yield result
         if not args.engine or "onnx" in args.engine:
             result["first_token_s"][precision] = first_token(run / "bundle", precision, args.rounds)
             print(precision, "first token after", result["first_token_s"][precision], flush=True)
-    return result
+            yield result
 
 
 def races_of(run: Path, precision: str, memory: str, engines: Collection[str]) -> dict[str, dict[str, Case]]:
@@ -331,6 +334,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", action="append", help="only this one; repeatable")
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; default: its own choice")
+    parser.add_argument(
+        "--profile", action="append", help="race it beside the dense one; repeatable, default all"
+    )
     parser.add_argument("--engine", action="append", choices=ENGINES, help="only this one; repeatable")
     parser.add_argument("--out", type=Path, default=HERE / "bundle_speed.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -338,10 +344,12 @@ def main() -> None:
     if args.child:
         print(json.dumps(as_a_child(args.child)))
         return
-    found = compare(args.run, args)
-    found |= {"prompts": PROMPTS, "batches": BATCHES, "threads": args.threads}
-    found["command"] = " ".join(["python benchmarks/bundle_speed.py", args.run.name, *sys.argv[2:]])
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    from koff_prune.run import versions
+
+    command = " ".join(["python benchmarks/bundle_speed.py", args.run.name, *sys.argv[2:]])
+    told = {"command": command, "prompts": PROMPTS, "batches": BATCHES, "threads": args.threads}
+    for found in compare(args.run, args):
+        args.out.write_text(json.dumps({**told, "versions": versions(), **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
