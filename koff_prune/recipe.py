@@ -277,8 +277,8 @@ class OnnxExport(Section):
     profiles: list[Literal["portable", "fused"]] = Field(
         default=["portable"],
         min_length=1,
-        description="portable: ONNX's own operators, written always. fused: ONNX Runtime's, faster, same"
-        " weights; with it comes in_place, whose cache holds the memory too.",
+        description="portable: ONNX's own operators, written always. fused: ONNX Runtime's, for"
+        " onnxruntime-genai; with it comes in_place, the fastest, whose cache holds the memory too.",
     )
     javascript: Bool = Field(
         default=False, description="Also graphs whose slots are required inputs, as JavaScript needs them."
