@@ -33,7 +33,6 @@ HERE = Path(__file__).parent
 PROMPTS = (16, 512)
 BATCHES = (1, 8)
 TURN = 4  # tokens before the next one is at it
-BITS = {"fp16": 16, "int8": 8, "int4": 4}
 GGUF = {
     "fp32": "f32",
     "fp16": "f16",
@@ -124,7 +123,7 @@ def dense_graphs(run: Path) -> Path:
     from koff_export.bundle import open_manifest, write_manifest
     from koff_export.fused import export_fused
     from koff_export.onnx import export_onnx
-    from koff_export.quantize import quantize
+    from koff_export.quantize import BITS, quantize
     from koff_prune.run import finished_run
 
     slim = open_manifest(run / "bundle")

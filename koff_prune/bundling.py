@@ -32,6 +32,7 @@ from koff_prune.weights import INDEX, Weights, copy_weights
 if TYPE_CHECKING:
     from koff_prune.run import Run
 
+GRAPHS = 2  # what an export of ONNX graphs makes; it rises with that, and older bundles are then made anew
 # What a bundle remembers of the recipe's `learn`, so that a memory added later is trained as its first ones.
 MEMORY_LEARN = ("window", "batch", "loss", "rates", "warmup", "gradient_checkpointing")
 
@@ -51,13 +52,8 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
     stamp: dict[str, Any] = {
         "export": recipe.export.model_dump(mode="json"),
         **({"merge": merge} if merge else {}),
+        **({"graphs": GRAPHS} if "onnx" in recipe.export.formats else {}),
     }
-    if "fused" in recipe.export.onnx.profiles:
-        stamp["export"]["onnx"]["profiles"].append("in_place")  # bundles made before it was there lack it
-    if "int8" in recipe.export.onnx.precision:
-        stamp["export"]["onnx"]["precision"].append("int8_dynamic")  # the same
-    if recipe.export.onnx.profiles == ["portable"]:
-        del stamp["export"]["onnx"]["profiles"]  # bundles made before there was a choice do not name it
     if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get(
         "asked"
     ) == stamp:

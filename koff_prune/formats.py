@@ -54,14 +54,12 @@ def write_onnx(
         export: The recipe's section.
         merged: The domain whose LoRA the backbone already has and whose KV, if any, the graph is to hold.
     """
-    from koff_export.fused import check_fused, export_fused
+    from koff_export.fused import export_fused
     from koff_export.onnx import export_onnx, write_adapter, write_required
-    from koff_export.quantize import quantize
+    from koff_export.quantize import BITS, quantize
 
     model = load_backbone(folder)
     fused = "fused" in export.onnx.profiles
-    if fused:
-        check_fused(model.config)
     places = {name: folder / "memories" / name for name in domains}
     slots = [lora_slots(load_memory(place).get("lora", {})) for place in places.values()]
     modules = sorted({module for table in slots for module in table})
@@ -70,8 +68,7 @@ def write_onnx(
     info = export_onnx(model, folder, lora_modules=modules, baked=baked)
     for name, place in places.items():
         write_onnx_memory(place, folder / "onnx" / "memories" / f"{name}.onnx_adapter", info.layers)
-    bits_of = {"fp16": 16, "int8": 8, "int4": 4}
-    few = {str(name): bits_of[name] for name in export.onnx.precision if name != "fp32"}
+    few = {str(name): BITS[name] for name in export.onnx.precision if name != "fp32"}
     precisions = _paths("model", few)
     told = {**vars(info), "precisions": precisions}
     profiles = {"portable": precisions}

@@ -61,12 +61,13 @@ def check_fused(config: Any) -> None:
 
 
 class _Fused(GraphWriter):
-    """A graph of ONNX Runtime's own operators."""
+    """A graph of ONNX Runtime's own operators; with `memory`, it has slots for a learned KV."""
 
     def __init__(
         self, model: PreTrainedModel, weights: TensorFile, slots: Collection[str], memory: bool
     ) -> None:
-        super().__init__(model, weights, slots, memory)
+        super().__init__(model, weights, slots)
+        self.memory = memory
         self._rotation()
         shape = self.op("Shape", "attention_mask")
         batch, text = (self.op("Slice", shape, *map(self.numbers, (n, n + 1, 0))) for n in (0, 1))

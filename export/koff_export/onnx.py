@@ -59,7 +59,7 @@ class _Portable(GraphWriter):
     """
 
     def __init__(self, model: PreTrainedModel, weights: TensorFile, slots: Sequence[str]) -> None:
-        super().__init__(model, weights, slots, memory=True)
+        super().__init__(model, weights, slots)
         self.windows = windows_of(model)
         shape = self.op("Shape", "attention_mask")
         self.batch, self.total = (self.op("Slice", shape, *map(self.numbers, (n, n + 1, 0))) for n in (0, 1))

@@ -31,6 +31,7 @@ from koff_export.tensors import TensorFile
 # It tells every node of the graph, thousands of lines.
 logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
 
+BITS = {"fp16": 16, "int8": 8, "int4": 4}  # of the precisions that have a file of their own, beside fp32
 _BLOCK = 32  # weights that share a scale
 _ROUND_INPUTS = 4  # `MatMulNBits`' accuracy_level: next to nothing beside what 4 bits lose
 _OPSET = 21  # the first whose DequantizeLinear knows blocks

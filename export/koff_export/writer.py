@@ -79,13 +79,10 @@ class GraphWriter(ABC):
         model: Of a family in `FAMILIES`; widths and head counts may differ per layer.
         weights: Where they go.
         slots: Paths of the linear modules that take a LoRA.
-        memory: Whether there are slots for a learned KV.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, weights: TensorFile, slots: Collection[str], memory: bool
-    ) -> None:
-        self.model, self.weights, self.slots, self.memory = model, weights, slots, memory
+    def __init__(self, model: PreTrainedModel, weights: TensorFile, slots: Collection[str]) -> None:
+        self.model, self.weights, self.slots = model, weights, slots
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._numbers: set[str] = set()
