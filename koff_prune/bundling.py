@@ -32,7 +32,7 @@ from koff_prune.weights import INDEX, Weights, copy_weights
 if TYPE_CHECKING:
     from koff_prune.run import Run
 
-GRAPHS = 2  # what an export of ONNX graphs makes; it rises with that, and older bundles are then made anew
+GRAPHS = 3  # what an export of ONNX graphs makes; it rises with that, and older bundles are then made anew
 # What a bundle remembers of the recipe's `learn`, so that a memory added later is trained as its first ones.
 MEMORY_LEARN = ("window", "batch", "loss", "rates", "warmup", "gradient_checkpointing")
 

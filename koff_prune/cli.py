@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from koff_export.errors import KoffError
+from koff_export.errors import KoffError, is_out_of_memory
 from koff_prune.memory_cli import app as memory_app
 
 app = typer.Typer(
@@ -347,10 +347,8 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         what = (error.strerror or str(error)).lower()
         _fail(f"{where}{what}; nothing was lost, mend it and use --resume")
-    except MemoryError:
-        _fail(OUT_OF_MEMORY, alone=True)
-    except RuntimeError as error:  # torch's allocator on the CPU, and torch.OutOfMemoryError on a GPU
-        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         _fail(OUT_OF_MEMORY, alone=True)
     finally:

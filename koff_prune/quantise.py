@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from koff_export.errors import KoffError
+from koff_export.errors import KoffError, is_out_of_memory
 from koff_prune.units import decoder_layers
 
 
@@ -38,7 +38,7 @@ def quantise(model: Any) -> None:
                     if type(module) is nn.Linear and not module.weight.requires_grad:
                         setattr(parent, name, _four_bits(module, Linear4bit, Params4bit))
     except (RuntimeError, ValueError) as error:
-        if "out of memory" in str(error) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0][:160]
         raise KoffError(f"learn.base: nf4 does not run on this device ({reason}); set full") from error

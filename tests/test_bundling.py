@@ -314,6 +314,22 @@ def test_exporting_other_formats_again(place: Path, capsys: pytest.CaptureFixtur
     assert koff_prune(capsys, "verify", place / "plain" / "bundle").code == 0
 
 
+def test_a_bundle_whose_graphs_an_older_export_made_is_made_anew(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "run", place / "older")
+    manifest = place / "older" / "bundle" / "koff.json"
+    export = ("export", place / "recipe.yaml", "--out", place / "older", "--resume")
+    made = read_json(manifest)
+    for graphs, anew in ((made["numerics"]["asked"]["graphs"], False), (1, True)):
+        made["numerics"]["asked"]["graphs"] = graphs
+        manifest.write_text(json.dumps(made))
+        before = manifest.stat().st_ino
+        assert koff_prune(capsys, *export).code == 0
+        assert (manifest.stat().st_ino != before) == anew
+    assert koff_prune(capsys, "verify", place / "older" / "bundle").code == 0
+
+
 def test_one_memory_merged_computes_the_same_without_slots(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

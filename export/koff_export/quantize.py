@@ -5,17 +5,20 @@ float32, so that it runs wherever the float32 graph does. int8 is the standard's
 front of each product; whoever opens it chooses what that means: ONNX Runtime by itself fuses the two, rounds
 the product's inputs to 8 bits as well and computes in them (`int8_dynamic`: fast, small in memory); told not
 to, it computes the float32 weights once (`int8`: exact, as fast and as large in memory as float32). int4 is
-`MatMulNBits`, inputs rounded to 8 bits.
+`MatMulNBits`, inputs rounded to 8 bits, but for the head and the two matrices of a layer that 4 bits hurt
+most for their size: these have 8, as `int8_dynamic`.
 
-Needs onnx; imported only when exporting. The embedding stays float32: it is looked up, not multiplied. A tied
-head is quantised from a transposed copy, so a quantised graph holds the embedding in float32 and the head in
-few bits.
+The embedding has 8 bits in both: words are looked up in bytes, and the few that were are made float32. A tied
+head multiplies with the very same bytes, which stand in the file once.
+
+Needs onnx; imported only when exporting.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,8 @@ logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(lo
 
 BITS = {"fp16": 16, "int8": 8, "int4": 4}  # of the precisions that have a file of their own, beside fp32
 _BLOCK = 32  # weights that share a scale
+# What has 8 bits beside 4: v_proj and down_proj halve what SmolLM2-135M loses, for a seventh of the file.
+_FRAGILE = ("head_weight", "lm_head.weight", "v_proj.weight", "down_proj.weight")
 _ROUND_INPUTS = 4  # `MatMulNBits`' accuracy_level: next to nothing beside what 4 bits lose
 _OPSET = 21  # the first whose DequantizeLinear knows blocks
 _ZERO = 128  # what stands for 0 in 8 bits: ONNX Runtime's kernels are made for unsigned ones
@@ -64,38 +69,57 @@ def _halve(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _to_bytes(model: onnx.ModelProto) -> None:
-    """Stores the matrices of products in 8 bits, symmetric by block along the inputs."""
+def _to_bytes(model: onnx.ModelProto, suffixes: tuple[str, ...]) -> None:
+    """Stores the embedding and the matrices of products whose names end so, in 8 bits, symmetric by block."""
     graph = model.graph
-    used = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
-    nodes, kept = [], []
-    for tensor in graph.initializer:
-        if tensor.name not in used:
-            kept.append(tensor)
-            continue
-        name, weight = tensor.name, onnx.numpy_helper.to_array(tensor)
-        rows = -(-len(weight) // _BLOCK)
-        padded = np.pad(weight, ((0, rows * _BLOCK - len(weight)), (0, 0))).reshape(rows, _BLOCK, -1)
-        scale = np.abs(padded).max(1) / 127
-        scale[scale == 0] = 1
-        rounded = np.rint(padded / scale[:, None]).astype(np.int16) + _ZERO
-        parts = {
-            "int8": rounded.astype(np.uint8).reshape(rows * _BLOCK, -1)[: len(weight)],
-            "scale": scale.astype(np.float32),
-            "zero": np.full(scale.shape, _ZERO, np.uint8),
-        }
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    used = {n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1].endswith(suffixes)}
+    kept, nodes = [tensor for name, tensor in weights.items() if name not in used], []
+    for name in sorted(used & weights.keys()):
+        parts = _in_bytes(onnx.numpy_helper.to_array(weights[name]))
         kept += [onnx.numpy_helper.from_array(part, f"{name}.{key}") for key, part in parts.items()]
-        nodes.append(onnx.helper.make_node(
-            "DequantizeLinear", [f"{name}.{key}" for key in parts], [name], name=f"{name}.float",
-            axis=0, block_size=_BLOCK,
-        ))  # fmt: skip
-    nodes += graph.node
+        nodes.append(_dequantized([f"{name}.{key}" for key in parts], name, axis=0))
+    for node in graph.node:
+        if node.op_type != "Gather" or node.input[1] != "input_ids":
+            nodes.append(node)
+            continue
+        table, words = node.input[0], node.output[0]
+        kept = [tensor for tensor in kept if tensor.name != table]
+        # laid out as the matrix of a tied head, to be the same bytes
+        parts = _in_bytes(np.ascontiguousarray(onnx.numpy_helper.to_array(weights[table]).T))
+        for key, part in parts.items():
+            name = f"{table}.{key}"
+            kept.append(onnx.numpy_helper.from_array(part, name))
+            columns, rows = f"{name}.columns", f"{name}.rows"
+            nodes.append(onnx.helper.make_node("Gather", [name, "input_ids"], [columns], columns, axis=1))
+            nodes.append(onnx.helper.make_node("Transpose", [columns], [rows], rows, perm=[1, 2, 0]))
+        nodes.append(_dequantized([f"{table}.{key}.rows" for key in parts], words, axis=2))
     del graph.initializer[:], graph.node[:]
     graph.initializer.extend(kept)
     graph.node.extend(nodes)
     for opset in model.opset_import:
         if not opset.domain:
             opset.version = _OPSET
+
+
+def _in_bytes(weight: np.ndarray) -> dict[str, np.ndarray]:
+    """A matrix [inputs, outputs] as uint8, with a scale and a zero for every block of inputs."""
+    rows = -(-len(weight) // _BLOCK)
+    padded = np.pad(weight, ((0, rows * _BLOCK - len(weight)), (0, 0))).reshape(rows, _BLOCK, -1)
+    scale = np.abs(padded).max(1) / 127
+    scale[scale == 0] = 1
+    rounded = np.rint(padded / scale[:, None]).astype(np.int16) + _ZERO
+    return {
+        "int8": rounded.astype(np.uint8).reshape(rows * _BLOCK, -1)[: len(weight)],
+        "scale": scale.astype(np.float32),
+        "zero": np.full(scale.shape, _ZERO, np.uint8),
+    }
+
+
+def _dequantized(parts: Sequence[str], name: str, axis: int) -> onnx.NodeProto:
+    return onnx.helper.make_node(
+        "DequantizeLinear", parts, [name], name=f"{name}.float", axis=axis, block_size=_BLOCK
+    )
 
 
 def quantize(
@@ -127,10 +151,11 @@ def quantize(
         result = model
     elif bits == 8:
         _fold_transposes(model.graph)
-        _to_bytes(model)
+        _to_bytes(model, ("",))
         result = model
     else:
         _fold_transposes(model.graph)
+        _to_bytes(model, _FRAGILE)
         quantizer = MatMulNBitsQuantizer(
             model, bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ROUND_INPUTS
         )

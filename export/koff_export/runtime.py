@@ -18,7 +18,7 @@ from koff_export.errors import KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx
 from koff_export.sampling import check_sampling, pick
-from koff_export.session import INT8_DYNAMIC, check_session, open_session, run_errors
+from koff_export.session import check_session, open_session, run_errors
 
 if TYPE_CHECKING:
     from koff_export.text import ChatTemplate
@@ -88,7 +88,7 @@ class Runtime:
         path = check_file(folder, manifest, manifest.graph.profiles[profile][precision], hashes=verify)
         for data in check_onnx(path, folder):
             check_file(folder, manifest, data.relative_to(folder).as_posix(), hashes=verify)
-        session = open_session(path, threads, mapped, dynamic=precision == INT8_DYNAMIC)
+        session = open_session(path, threads, mapped, dynamic=precision != "int8")
         try:
             return cls(folder, manifest, session, verify, profile, precision)
         except UnicodeDecodeError as error:

@@ -28,8 +28,8 @@ def _digest(array: np.ndarray) -> bytes:
 class TensorFile:
     """The data file of one graph; a context manager.
 
-    Two profiles of one backbone have nearly all weights in common: what the other one's data file holds byte
-    for byte is read from there.
+    What is written twice stands in it once. Two profiles of one backbone have nearly all weights in common:
+    what the other one's data file holds byte for byte is read from there.
     """
 
     def __init__(self, graph: Path, beside: Path | None = None) -> None:
@@ -63,10 +63,10 @@ class TensorFile:
         """The initializer `name` for a contiguous `array`: inside of the graph if it is small."""
         if array.nbytes < _INLINE:
             return onnx.numpy_helper.from_array(array, name)
-        where = self._known.get(_digest(array))
+        where = self._known.get(digest := _digest(array))
         if where is None:
             self._file.write(bytes(-self._file.tell() % _ALIGN))
-            where = (self.path.name, self._file.tell(), array.nbytes)
+            where = self._known[digest] = (self.path.name, self._file.tell(), array.nbytes)
             self._file.write(array.reshape(-1).view(np.uint8).data)
         tensor = onnx.TensorProto(name=name, dims=array.shape, data_location=onnx.TensorProto.EXTERNAL)
         tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)

@@ -35,6 +35,7 @@ from koff_export.fused import check_fused, export_fused
 from koff_export.onnx import export_onnx, write_adapter
 from koff_export.quantize import quantize
 from koff_export.runtime import Runtime
+from koff_export.writer import FLOAT
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
@@ -160,9 +161,8 @@ def test_int8_is_computed_in_float32_or_in_8_bits(bundle: Bundle, profile: str) 
     stored = {t.name: t for t in onnx.load(path).graph.initializer}
     rounded = copy.deepcopy(bundle.model)
     head = "tied_head_weight" if bundle.model.config.tie_word_embeddings else "lm_head.weight"
-    rounded.lm_head.weight = torch.nn.Parameter(rounded.lm_head.weight.detach().clone())  # untied
     for name, module in rounded.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             key = head if name == "lm_head" else f"{name}.weight"
             q, scale = (onnx.numpy_helper.to_array(stored[f"{key}.{part}"]) for part in ("int8", "scale"))
             weight = (q.astype(np.float32) - 128) * scale.repeat(32, 0)[: len(q)]
@@ -173,6 +173,19 @@ def test_int8_is_computed_in_float32_or_in_8_bits(bundle: Bundle, profile: str) 
         fast = Runtime.open(bundle.folder, "int8_dynamic", threads=1, profile=profile).logits(ids, memory)
         assert np.abs(exact - want).max() < 1e-3
         assert np.abs(fast - want).max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_tied_head_and_the_embedding_are_the_same_bytes(bundle: Bundle, precision: str) -> None:
+    path = bundle.folder / f"onnx/model_{precision}.onnx"
+    stored = {t.name: t for t in onnx.load(path, load_external_data=False).graph.initializer}
+    vocabulary = bundle.model.config.vocab_size
+    assert not [t.name for t in stored.values() if vocabulary in t.dims and t.data_type == FLOAT
+                and not t.name.endswith(".scale")]  # fmt: skip
+    tied = bundle.model.config.tie_word_embeddings
+    names = ("model.embed_tokens.weight.int8", f"{'tied_head_weight' if tied else 'lm_head.weight'}.int8")
+    places = [{entry.key: entry.value for entry in stored[name].external_data} for name in names]
+    assert (places[0] == places[1]) == tied
 
 
 def test_profiles_share_their_weights(bundle: Bundle) -> None:
