@@ -1,4 +1,4 @@
-"""Trains the small dense models of recipes/small from scratch: own BPE, Llama or Qwen3 of 1.2 M parameters.
+"""Trains the small dense models of recipes/small from scratch: own BPE, Llama or Qwen3 of 0.9 M parameters.
 
 python benchmarks/small_models.py recipes/small/llama.yaml --seed 0 [--tokens 2000000]
 
@@ -32,7 +32,7 @@ from koff_prune.recipe import SEED
 VOCABULARY, WINDOW, BATCH = 2048, 256, 4
 FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+    "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024,
     "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
