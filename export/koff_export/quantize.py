@@ -43,14 +43,21 @@ _OPSET = 21  # the first whose DequantizeLinear knows blocks
 _ZERO = 128  # what stands for 0 in 8 bits: ONNX Runtime's kernels are made for unsigned ones
 
 
-def _fold_transposes(graph: onnx.GraphProto) -> None:
-    """Replaces Transpose(initializer) by a transposed initializer: only constant operands are quantised."""
+def _fold_transposes(graph: onnx.GraphProto) -> dict[str, str]:
+    """Replaces Transpose(initializer) by a transposed initializer: only constant operands are quantised.
+
+    Returns:
+        The new initializers' names by the old ones'.
+    """
     weights = {tensor.name: tensor for tensor in graph.initializer}
+    found = {}
     for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights]:
         perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
         array = np.transpose(onnx.numpy_helper.to_array(weights[node.input[0]]), perm)
         graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
         graph.node.remove(node)
+        found[node.input[0]] = node.output[0]
+    return found
 
 
 def _halve(graph: onnx.GraphProto) -> None:
@@ -72,28 +79,33 @@ def _halve(graph: onnx.GraphProto) -> None:
 def _to_bytes(model: onnx.ModelProto, suffixes: tuple[str, ...]) -> None:
     """Stores the embedding and the matrices of products whose names end so, in 8 bits, symmetric by block."""
     graph = model.graph
+    tied = _fold_transposes(graph)
     weights = {tensor.name: tensor for tensor in graph.initializer}
     used = {n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1].endswith(suffixes)}
-    kept, nodes = [tensor for name, tensor in weights.items() if name not in used], []
+    nodes = []
+    parts: dict[str, dict[str, np.ndarray]] = {}
     for name in sorted(used & weights.keys()):
-        parts = _in_bytes(onnx.numpy_helper.to_array(weights[name]))
-        kept += [onnx.numpy_helper.from_array(part, f"{name}.{key}") for key, part in parts.items()]
-        nodes.append(_dequantized([f"{name}.{key}" for key in parts], name, axis=0))
+        parts[name] = _in_bytes(onnx.numpy_helper.to_array(weights.pop(name)))
+        nodes.append(_dequantized([f"{name}.{key}" for key in parts[name]], name, axis=0))
     for node in graph.node:
         if node.op_type != "Gather" or node.input[1] != "input_ids":
             nodes.append(node)
             continue
         table, words = node.input[0], node.output[0]
-        kept = [tensor for tensor in kept if tensor.name != table]
-        # laid out as the matrix of a tied head, to be the same bytes
-        parts = _in_bytes(np.ascontiguousarray(onnx.numpy_helper.to_array(weights[table]).T))
-        for key, part in parts.items():
+        matrix = weights.pop(table)  # laid out as the matrix of a tied head, to be the same bytes
+        if tied.get(table) in parts:
+            parts[table] = parts[tied[table]]
+        else:
+            parts[table] = _in_bytes(np.ascontiguousarray(onnx.numpy_helper.to_array(matrix).T))
+        for key in parts[table]:
             name = f"{table}.{key}"
-            kept.append(onnx.numpy_helper.from_array(part, name))
             columns, rows = f"{name}.columns", f"{name}.rows"
             nodes.append(onnx.helper.make_node("Gather", [name, "input_ids"], [columns], columns, axis=1))
             nodes.append(onnx.helper.make_node("Transpose", [columns], [rows], rows, perm=[1, 2, 0]))
-        nodes.append(_dequantized([f"{table}.{key}.rows" for key in parts], words, axis=2))
+        nodes.append(_dequantized([f"{table}.{key}.rows" for key in parts[table]], words, axis=2))
+    kept = list(weights.values())
+    for name, found in parts.items():
+        kept += [onnx.numpy_helper.from_array(part, f"{name}.{key}") for key, part in found.items()]
     del graph.initializer[:], graph.node[:]
     graph.initializer.extend(kept)
     graph.node.extend(nodes)
@@ -104,16 +116,14 @@ def _to_bytes(model: onnx.ModelProto, suffixes: tuple[str, ...]) -> None:
 
 def _in_bytes(weight: np.ndarray) -> dict[str, np.ndarray]:
     """A matrix [inputs, outputs] as uint8, with a scale and a zero for every block of inputs."""
-    rows = -(-len(weight) // _BLOCK)
-    padded = np.pad(weight, ((0, rows * _BLOCK - len(weight)), (0, 0))).reshape(rows, _BLOCK, -1)
-    scale = np.abs(padded).max(1) / 127
-    scale[scale == 0] = 1
-    rounded = np.rint(padded / scale[:, None]).astype(np.int16) + _ZERO
-    return {
-        "int8": rounded.astype(np.uint8).reshape(rows * _BLOCK, -1)[: len(weight)],
-        "scale": scale.astype(np.float32),
-        "zero": np.full(scale.shape, _ZERO, np.uint8),
-    }
+    blocks = (-(-len(weight) // _BLOCK), weight.shape[1])
+    rounded, scales = np.empty(weight.shape, np.uint8), np.empty(blocks, np.float32)
+    for i, scale in enumerate(scales):  # one row of blocks at a time: the matrix may be most of the model
+        rows = slice(i * _BLOCK, (i + 1) * _BLOCK)
+        np.divide(np.abs(weight[rows]).max(0), 127, out=scale)
+        scale[scale == 0] = 1
+        rounded[rows] = np.rint(weight[rows] / scale) + _ZERO
+    return {"int8": rounded, "scale": scales, "zero": np.full(blocks, _ZERO, np.uint8)}
 
 
 def _dequantized(parts: Sequence[str], name: str, axis: int) -> onnx.NodeProto:
@@ -150,11 +160,9 @@ def quantize(
         _halve(model.graph)
         result = model
     elif bits == 8:
-        _fold_transposes(model.graph)
         _to_bytes(model, ("",))
         result = model
     else:
-        _fold_transposes(model.graph)
         _to_bytes(model, _FRAGILE)
         quantizer = MatMulNBitsQuantizer(
             model, bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ROUND_INPUTS
