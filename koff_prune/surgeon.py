@@ -9,11 +9,13 @@ With P the inverse of the consumer's second moments over the channels that are l
 and G the second moments of the loss's gradient at its output (labels drawn from the model), a unit of
 channels u costs
 
-    c_u = 1/2 tr(W_u^T G W_u P_uu^-1) * (h_u / h'_u)^MEND    nats per token,
+    c_u = 1/2 tr(W_u^T G W_u P_uu^-1) * m * (h_u / h'_u / m)^MEND    nats per token,
 
-where the first factor takes inputs and gradients for independent and the second mends that: h_u is the unit's
-own Fisher information, h'_u what independence makes of it (twice the first factor, with nothing removed).
-h'_u is wrong and h_u is noisy, so MEND goes half of the way between their logarithms.
+where the first factor takes inputs and gradients for independent and the others mend that: h_u is the unit's
+own Fisher information, h'_u what independence makes of it (twice the first factor, with nothing removed), and
+m the layer's geometric mean of h_u / h'_u. Of a whole layer's units that mean is known well, and layers are
+compared by it, so m counts in full. A single h'_u is wrong and its h_u is noisy: MEND goes half of the way
+between their logarithms.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def elimination_costs(
     metric = output.double()
     metric.diagonal().add_(1e-9 * metric.diagonal().mean().clamp_min(1e-30))
     seen = torch.linalg.cholesky(metric).T.float() @ weight.float()  # the weight in the metric of the loss
-    mend = (information / _costs(seen, _blocks(second, size)).clamp_min(1e-30)) ** MEND / 2
+    wrong = information.clamp_min(1e-30) / _costs(seen, _blocks(second, size)).clamp_min(1e-30)
+    layer = wrong.log().mean().exp()
+    mend = layer * (wrong / layer) ** MEND / 2
     left = torch.arange(units)
     result = torch.zeros(units)
     floor = torch.zeros(())

@@ -67,8 +67,20 @@ def test_what_two_say_alike_is_cheap_to_lose_once() -> None:
 
 def test_information_corrects_what_independence_gets_wrong() -> None:
     second, weight, output = torch.eye(3), torch.eye(3), torch.eye(3)
-    costs = elimination_costs(second, weight, output, torch.tensor([4.0, 1.0, 2.0]), RIDGE)
-    assert torch.allclose(costs, torch.tensor([1.0, 0.5, 0.5 * 2**MEND]), atol=1e-3)
+    information = torch.tensor([4.0, 1.0, 2.0])  # 2 times what independence says, give or take
+    costs = elimination_costs(second, weight, output, information, RIDGE)
+    assert torch.allclose(costs, torch.tensor([2**MEND, 0.5**MEND, 1.0]), atol=1e-3)
+
+
+def test_what_independence_gets_wrong_in_a_whole_layer_is_mended_wholly() -> None:
+    """Else layers would be compared by it: a third of one layer was removed and nothing of others."""
+    second, weight, output = problem()
+    information = independent(second, weight, output, 1) * torch.rand(len(second))
+    costs = elimination_costs(second, weight, output, information, RIDGE)
+    assert torch.allclose(elimination_costs(second, weight, 9 * output, information, RIDGE), costs, rtol=1e-3)
+    assert torch.allclose(
+        elimination_costs(second, weight, output, 9 * information, RIDGE), 9 * costs, rtol=1e-3
+    )
 
 
 def test_costs_of_a_model_see_what_others_take_over() -> None:
@@ -83,7 +95,9 @@ def test_costs_of_a_model_see_what_others_take_over() -> None:
             weight, size = consumer(model.model.layers[i], kind).weight, have.queries * have.head_dim
             size = size if kind == "kv_groups" else 1
             alike = independent(found.second[place] / found.tokens, weight, found.output[place], size)
-            alone = (alike * found.curvature[place]).sqrt() / found.tokens / have.cost(kind) / 2
+            wrong = found.curvature[place] / alike
+            layer = wrong.log().mean().exp()
+            alone = alike / found.tokens * layer * (wrong / layer) ** MEND / have.cost(kind) / 2
             assert mine.shape == (have.count(kind),)
             assert 0 < mine.min() < alone.min()
 
