@@ -240,6 +240,7 @@ def train(
     compensation: Compensation | None = None,
     sparsity: float = 0.0,
     seed: int = 0,
+    first: int = 0,
     report: Any = None,
     weights: Mapping[str, int] | None = None,
 ) -> int:
@@ -256,6 +257,7 @@ def train(
         compensation: See `Learner`.
         sparsity: The target that the gates end at.
         seed: Order of the windows and draws.
+        first: Steps of an earlier phase, whose windows are not taken again.
         weights: Micro-batches of each domain in an optimizer step; None: one of each.
         report: Called as report(step, loss, expected sparsity or None) after every optimizer step.
 
@@ -311,7 +313,7 @@ def train(
         phase,
         args=arguments,
         train_dataset=DomainWindows(
-            windows, steps, learn.batch, seed, (ranks.rank(), ranks.world()), weights
+            windows, steps, learn.batch, seed, (ranks.rank(), ranks.world()), weights, first
         ),
         data_collator=_stack,
         callbacks=[_StepCallback(learner, sparsity, ramp, step_tokens, interruption, report)],

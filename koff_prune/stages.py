@@ -103,14 +103,9 @@ def memories_around(run: Run, model: Any, arm: Arm, kind: MemoryKind) -> Memorie
     return Memories(on_device(model), memory, prefills, run.recipe.seed)
 
 
-def train_windows(run: Run, skip_tokens: int = 0) -> dict[str, torch.Tensor]:
-    """Training windows per domain, beginning after those that `skip_tokens` (over all domains) have used."""
-    learn = run.recipe.learn
-    steps, given = steps_of(skip_tokens, learn, run.recipe.step_batches), run.recipe.domains
-    return {
-        name: b.train.roll(-(steps * learn.batch * given[name].weight % len(b.train)), 0)
-        for name, b in run.domains.items()
-    }
+def train_windows(run: Run) -> dict[str, torch.Tensor]:
+    """Training windows per domain."""
+    return {name: blocks.train for name, blocks in run.domains.items()}
 
 
 def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
@@ -270,7 +265,8 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
             skip, label = learn.tokens, "settling"
         else:
             phase, skip, label = Phase(learn.tokens + learn.settle_tokens, 0.0, 1.0), 0, "training memories"
-        train_logged(run, memories, train_windows(run, skip), learn, phase, folder, label)
+        first = steps_of(skip, learn, run.recipe.step_batches)
+        train_logged(run, memories, train_windows(run), learn, phase, folder, label, first=first)
         with ranks.turn():
             if not done.exists():
                 with staged_dir(done) as aside:

@@ -12,7 +12,8 @@ class DomainWindows(Dataset):
     """Micro-batches in the order of training: a step has `weights` of each domain (one, where unsaid).
 
     Every domain's windows are shuffled anew for every pass, from the seed alone, so that a resumed run sees
-    the same. Of several processes, `share` = (rank, world), each sees its part of every micro-batch.
+    the same. Of several processes, `share` = (rank, world), each sees its part of every micro-batch. A phase
+    that comes after `first` steps of another goes on where that one ended, in the same order.
     """
 
     def __init__(
@@ -23,13 +24,14 @@ class DomainWindows(Dataset):
         seed: int,
         share: tuple[int, int] = (0, 1),
         weights: Mapping[str, int] | None = None,
+        first: int = 0,
     ) -> None:
         self.windows, self.batch, self.seed = dict(windows), batch, seed
         self.names = list(windows)
         weights = weights or dict.fromkeys(self.names, 1)
         # of every micro-batch in a step: its domain, and how many of that domain come before
         self.turns = [(d, k) for d, name in enumerate(self.names) for k in range(weights[name])]
-        self.weights = weights
+        self.weights, self.first = weights, first
         self.rank, world = share
         self.mine = batch // world  # rows of every micro-batch
         self.length = steps * self.mine * len(self.turns)
@@ -45,7 +47,7 @@ class DomainWindows(Dataset):
         step, turn = divmod(micro, len(self.turns))
         domain, before = self.turns[turn]
         name = self.names[domain]
-        seen = (step * self.weights[name] + before) * self.batch
+        seen = ((self.first + step) * self.weights[name] + before) * self.batch
         passed, at = divmod(seen + row, len(self.windows[name]))
         if (name, passed) not in self._orders:
             generator = torch.Generator().manual_seed(self.seed * 9176 + passed * 131 + domain)

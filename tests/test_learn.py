@@ -348,3 +348,34 @@ def test_steps() -> None:
     assert steps_of(0, learn, 3) == 0 and steps_of(96, learn, 3) == 1 and steps_of(200, learn, 3) == 2
     assert train(start()[0], WINDOWS, section(), Phase(0, 0, 1), Path("never-made")) == 0
     assert not Path("never-made").exists()
+
+
+def test_a_second_phase_goes_on_where_the_first_one_ended() -> None:
+    """Settling must not train on what joint learning has seen: each window comes once, as for a rival."""
+    windows = {name: torch.arange(90).view(30, 3) for name in ("law", "code")}
+    whole = DomainWindows(windows, 30, 1, 5)
+    parts = [DomainWindows(windows, 20, 1, 5), DomainWindows(windows, 10, 1, 5, first=20)]
+    told = [item["input_ids"].tolist() for part in parts for item in map(part.__getitem__, range(len(part)))]
+    assert told == [whole[i]["input_ids"].tolist() for i in range(len(whole))]
+    assert len({tuple(window) for window in told}) == 30
+
+
+def test_settling_trains_on_windows_that_were_not_learned_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from run_helpers import recipe_of
+
+    import koff_prune
+
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    before = Learner.forward
+
+    def watch(self: Learner, input_ids: torch.Tensor, domain: torch.Tensor) -> torch.Tensor:
+        phase = "settling" if self.gates is None else "learning"
+        seen.setdefault(phase, []).extend(map(tuple, input_ids.tolist()))
+        return before(self, input_ids, domain)
+
+    monkeypatch.setattr(Learner, "forward", watch)
+    koff_prune.cut(recipe_of(tmp_path), tmp_path / "run")
+    assert seen["learning"] and seen["settling"]
+    assert not set(seen["learning"]) & set(seen["settling"])
