@@ -48,10 +48,13 @@ def main() -> None:
             with open(part, "rb") as file:
                 shutil.copyfileobj(file, whole)
     if (found := sha256_file(aside)) != WHOLE:
-        raise KoffError(f"the joined parts have the sha256 {found}, not {WHOLE}")
+        raise KoffError(f"the joined parts have the sha256 {found}, not {WHOLE}: remove them and fetch anew")
     os.replace(aside, TARGET)
     print(f"{TARGET}: {TARGET.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KoffError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -262,10 +262,9 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
                 learned = load_memory(folder / "learned" / name)
                 memories.load(name, slice_memory(learned, plan, run.units))
             phase = Phase(learn.settle_tokens, _joint_share(learn), 1.0)
-            skip, label = learn.tokens, "settling"
+            first, label = steps_of(learn.tokens, learn, run.recipe.step_batches), "settling"
         else:
-            phase, skip, label = Phase(learn.tokens + learn.settle_tokens, 0.0, 1.0), 0, "training memories"
-        first = steps_of(skip, learn, run.recipe.step_batches)
+            phase, first, label = Phase(learn.tokens + learn.settle_tokens, 0.0, 1.0), 0, "training memories"
         train_logged(run, memories, train_windows(run), learn, phase, folder, label, first=first)
         with ranks.turn():
             if not done.exists():

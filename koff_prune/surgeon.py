@@ -13,9 +13,9 @@ channels u costs
 
 where the first factor takes inputs and gradients for independent and the others mend that: h_u is the unit's
 own Fisher information, h'_u what independence makes of it (twice the first factor, with nothing removed), and
-m the layer's geometric mean of h_u / h'_u. Of a whole layer's units that mean is known well, and layers are
-compared by it, so m counts in full. A single h'_u is wrong and its h_u is noisy: MEND goes half of the way
-between their logarithms.
+m the geometric mean of h_u / h'_u over the layer's live units. Of a whole layer that mean is known well, and
+layers are compared by it, so m counts in full. A single h'_u is wrong and its h_u is noisy: MEND goes half of
+the way between their logarithms.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def elimination_costs(
     metric.diagonal().add_(1e-9 * metric.diagonal().mean().clamp_min(1e-30))
     seen = torch.linalg.cholesky(metric).T.float() @ weight.float()  # the weight in the metric of the loss
     wrong = information.clamp_min(1e-30) / _costs(seen, _blocks(second, size)).clamp_min(1e-30)
-    layer = wrong.log().mean().exp()
+    layer = wrong[information > 0].log().mean().nan_to_num().exp()  # a dead unit says nothing about others
     mend = layer * (wrong / layer) ** MEND / 2
     left = torch.arange(units)
     result = torch.zeros(units)

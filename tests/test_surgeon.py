@@ -73,7 +73,7 @@ def test_information_corrects_what_independence_gets_wrong() -> None:
 
 
 def test_what_independence_gets_wrong_in_a_whole_layer_is_mended_wholly() -> None:
-    """Else layers would be compared by it: a third of one layer was removed and nothing of others."""
+    """Else layers would be compared by it: two thirds of one layer were removed and nothing of others."""
     second, weight, output = problem()
     information = independent(second, weight, output, 1) * torch.rand(len(second))
     costs = elimination_costs(second, weight, output, information, RIDGE)
@@ -81,6 +81,14 @@ def test_what_independence_gets_wrong_in_a_whole_layer_is_mended_wholly() -> Non
     assert torch.allclose(
         elimination_costs(second, weight, output, 9 * information, RIDGE), 9 * costs, rtol=1e-3
     )
+
+
+def test_a_dead_unit_makes_the_others_no_cheaper() -> None:
+    second, weight, output = torch.eye(4), torch.eye(4), torch.eye(4)
+    costs = elimination_costs(second, weight, output, torch.tensor([0.0, 4.0, 1.0, 2.0]), RIDGE)
+    assert costs[0] < 1e-6
+    assert torch.allclose(costs[1:], torch.tensor([2**MEND, 0.5**MEND, 1.0]), atol=1e-3)
+    assert elimination_costs(second, weight, output, torch.zeros(4), RIDGE).max() < 1e-6
 
 
 def test_costs_of_a_model_see_what_others_take_over() -> None:
