@@ -1,7 +1,7 @@
 """Closed-form compensation: what the removed channels gave, predicted from what the kept ones give.
 
 Per consumer with weight W, over the scoring tokens x with C = sum x x^T, the least-squares prediction of the
-removed channels R from the kept ones K is x_R ~ B x_K with B = C_RK (C_KK + eps I)^-1, eps = ridge * mean
+removed channels R from the kept ones K is x_R ~ B x_K with B = C_RK (C_KK + eps I)^-1, eps = ridge * median
 diagonal of C. Folding it into the weight gives W'_K = W_K + W_R B: no training, no parameters, no cost at run
 time.
 
@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from koff_prune.plan import Kept
 from koff_prune.scores import Place, consumer
+from koff_prune.surgeon import ridged
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, head_channels
 
 
@@ -45,11 +46,9 @@ def predict(second: torch.Tensor, keep: torch.Tensor, drop: torch.Tensor, ridge:
         second: Second moments C, float32 [channels, channels].
         keep: Kept channels, int64.
         drop: Dropped channels, int64.
-        ridge: Share of the mean diagonal of C.
+        ridge: Share of the median of C's diagonal, see `surgeon.ridged`.
     """
-    inner = second[keep][:, keep]
-    inner.diagonal().add_(ridge * second.diagonal().mean().clamp_min(1e-12))
-    factor = torch.linalg.cholesky(inner)
+    factor = torch.linalg.cholesky(ridged(second, ridge)[keep][:, keep])
     return torch.cholesky_solve(second[keep][:, drop], factor).T.contiguous()
 
 

@@ -197,7 +197,7 @@ class Cut(Section):
     compensate: Literal["none", "least_squares"] = Field(
         default="least_squares", description="none: the backbone is a byte-exact slice of the dense model."
     )
-    ridge: Float = Field(default=0.01, gt=0, le=1, description="Ridge, as a share of the mean diagonal.")
+    ridge: Float = Field(default=0.01, gt=0, le=1, description="Ridge, as a share of the median diagonal.")
 
 
 class Scoring(Section):

@@ -36,16 +36,14 @@ def elimination_costs(
         weight: Of the consumer, [hidden, channels].
         output: G, mean over tokens, float32 [hidden, hidden].
         information: h, mean over tokens, float32 [units]; a unit's channels stand side by side.
-        ridge: Share of the mean diagonal, as the compensation's.
+        ridge: As the compensation's, see `ridged`.
 
     Returns:
         float32 [units], in nats per token.
     """
     units = len(information)
     size = second.shape[0] // units
-    ridged = second.double()
-    ridged.diagonal().add_(ridge * ridged.diagonal().mean().clamp_min(1e-12))
-    inverse = torch.linalg.inv(ridged).float()
+    inverse = torch.linalg.inv(ridged(second.double(), ridge)).float()
     metric = output.double()
     metric.diagonal().add_(1e-9 * metric.diagonal().mean().clamp_min(1e-30))
     seen = torch.linalg.cholesky(metric).T.float() @ weight.float()  # the weight in the metric of the loss
@@ -71,6 +69,20 @@ def elimination_costs(
         left = left[stays]
     last = mend[left] * _costs(seen, torch.linalg.inv(_blocks(inverse, size)))
     result[left] = torch.maximum(last, floor)
+    return result
+
+
+def ridged(second: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Second moments with `ridge` times the median of their diagonal's live entries on the diagonal, a copy.
+
+    Not the mean: a language model has neurons with a thousand times the scale of their neighbours (massive
+    activations, Sun et al. 2024), and a ridge of their scale would hide every other neuron of the layer.
+    """
+    diagonal = second.diagonal()
+    live = diagonal[diagonal > 0]
+    typical = live.median() if len(live) else diagonal.new_ones(())
+    result = second.clone()
+    result.diagonal().add_(ridge * typical.clamp_min(1e-12))
     return result
 
 

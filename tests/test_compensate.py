@@ -60,12 +60,23 @@ def test_predict_is_the_ridge_regression() -> None:
     keep, drop = torch.tensor([0, 1, 2, 3, 5, 8]), torch.tensor([4, 6, 7, 9])
     second = x.T @ x
     b = predict(second, keep, drop, 0.01)
-    eps = 0.01 * second.diagonal().mean()
+    eps = 0.01 * second.diagonal().median()
     wanted = torch.linalg.solve(second[keep][:, keep] + eps * torch.eye(6), second[keep][:, drop]).T
     assert torch.allclose(b, wanted, atol=1e-4)
     exact = predict(second, keep, drop, 1e-7)
     assert torch.allclose(exact[2], torch.tensor([0, 2.0, 0, -1, 0, 0]), atol=1e-3)
     assert torch.equal(second, x.T @ x)  # the statistics are not touched
+
+
+def test_one_massive_channel_does_not_keep_others_from_taking_over() -> None:
+    """A neuron with a thousand times the others' scale, as SmolLM2 has in one layer."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 8, generator=generator)
+    x[:, 6] = x[:, 1] + x[:, 2]
+    x[:, 7] *= 1000
+    x[:, 0] = 0  # and one that is dead
+    found = predict(x.T @ x, torch.tensor([0, 1, 2, 3, 7]), torch.tensor([4, 5, 6]), 0.01)
+    assert torch.allclose(found[2], torch.tensor([0, 1.0, 1.0, 0, 0]), atol=0.05)
 
 
 def test_few_tokens_and_dead_channels_still_solve() -> None:

@@ -83,6 +83,20 @@ def test_what_independence_gets_wrong_in_a_whole_layer_is_mended_wholly() -> Non
     )
 
 
+def test_one_massive_unit_does_not_make_the_others_dear() -> None:
+    """The ridge is of their scale, not of the massive one's: else nothing of its layer would be removed."""
+    second, weight, output = problem()
+    second = torch.eye(len(second)) + 0.3 * torch.corrcoef(second)
+    information = independent(second, weight, output, 1)
+    plain = elimination_costs(second, weight, output, information, 0.01)
+    scale = torch.ones(len(second))
+    scale[0] = 1000
+    massive = elimination_costs(
+        second * scale * scale[:, None], weight / scale, output, information, 0.01
+    )  # the same layer otherwise
+    assert torch.allclose(massive, plain, rtol=0.05)
+
+
 def test_a_dead_unit_makes_the_others_no_cheaper() -> None:
     second, weight, output = torch.eye(4), torch.eye(4), torch.eye(4)
     costs = elimination_costs(second, weight, output, torch.tensor([0.0, 4.0, 1.0, 2.0]), RIDGE)
