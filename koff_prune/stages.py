@@ -30,6 +30,7 @@ from koff_prune.recipe import COSTS, CompareRow, Learn, Memory, MemoryKind
 from koff_prune.recipe import Gates as GatesSection
 from koff_prune.run import load_tensors, save_tensors
 from koff_prune.scores import removal_costs, score_units
+from koff_prune.units import KINDS
 
 if TYPE_CHECKING:
     from koff_prune.run import Run
@@ -162,14 +163,27 @@ def _start(run: Run, gates: GatesSection) -> tuple[Scores | None, float | None, 
     if gates.start not in COSTS:
         return baseline_scores(run, gates.start), None, None
 
-    def costs(method: str) -> Scores:
-        structure, ridge, statistics = run.recipe.structure, run.recipe.cut.ridge, run.statistics
-        return removal_costs(method, run.dense.model, run.units, structure, statistics, ridge)
-
-    start = costs(gates.start)
+    start = _costs(run, gates.start)
     if gates.form != RE_ESTIMATED or gates.learning_rate == 0:
         return start, None, None
-    return start, gates.prior_tokens, costs("curvature") if gates.start == "surgeon" else None
+    return start, gates.prior_tokens, _costs(run, "curvature") if gates.start == "surgeon" else None
+
+
+def _costs(run: Run, method: str) -> Scores:
+    """Costs of removal; the surgeon's take minutes, and are kept on disk for all arms and sparsities."""
+    structure, ridge, statistics = run.recipe.structure, run.recipe.cut.ridge, run.statistics
+    if method != "surgeon":
+        return removal_costs(method, run.dense.model, run.units, structure, statistics, ridge)
+    path = run.folder / "costs-surgeon.safetensors"
+    with ranks.turn():
+        if not path.exists():
+            say("surgeon: the cost of every unit at its turn …")
+            with run.timed("surgeon"):
+                found = removal_costs(method, run.dense.model, run.units, structure, statistics, ridge)
+            save_tensors({f"{kind}.{i}": t for kind in KINDS for i, t in enumerate(found[kind])}, path)
+        flat = load_tensors(path)
+    layers = range(len(run.units.layers))
+    return {kind: [flat[f"{kind}.{i}"] for i in layers if kind in structure.units] for kind in KINDS}
 
 
 def _joint_share(learn: Learn) -> float:

@@ -23,7 +23,7 @@ from koff_prune.recipe import SEED, Recipe
 from koff_prune.verdict import Row
 
 ROWS = "rows.json"  # of a finished sub-run: its rows, with the losses of every window
-_OF_THE_SEED = ("domains", "statistics.safetensors", "rows/dense_*")
+_OF_THE_SEED = ("domains", "statistics.safetensors", "costs-surgeon.safetensors", "rows/dense_*")
 _OF_THE_BUDGET = "rows/dense_trained-*"  # the ceiling's memories are trained for so many tokens
 
 

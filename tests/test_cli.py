@@ -206,7 +206,14 @@ def test_no_permission(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "victim", ["recipe.yaml", "statistics.safetensors", "gates.safetensors", "plan.json"]
+    "victim",
+    [
+        "recipe.yaml",
+        "statistics.safetensors",
+        "costs-surgeon.safetensors",
+        "gates.safetensors",
+        "plan.json",
+    ],
 )
 def test_a_full_disk_when_a_file_is_renamed(
     place: Path,

@@ -124,6 +124,8 @@ def test_a_sweep_shares_resumes_and_grows(tmp_path: Path, capsys: pytest.Capture
     ceiling = next((out / "seed-0/sparsity-0.1/rows").glob("dense_trained-lora*"))
     again = out / "seed-0/sparsity-0.2/rows" / ceiling.name / "losses.json"
     assert again.samefile(ceiling / "losses.json"), "linked, not trained again"
+    costs = [out / f"seed-0/sparsity-{t}/costs-surgeon.safetensors" for t in (0.1, 0.2)]
+    assert costs[0].samefile(costs[1]), "the start's costs know no sparsity"
     assert "<svg" in (out / "sweep.html").read_text()
 
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("memories/*/*")}
