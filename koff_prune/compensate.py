@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from koff_prune.plan import Kept
 from koff_prune.scores import Place, consumer
-from koff_prune.surgeon import ridged
+from koff_prune.surgeon import damping
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, head_channels
 
 
@@ -46,9 +46,11 @@ def predict(second: torch.Tensor, keep: torch.Tensor, drop: torch.Tensor, ridge:
         second: Second moments C, float32 [channels, channels].
         keep: Kept channels, int64.
         drop: Dropped channels, int64.
-        ridge: Share of the median of C's diagonal, see `surgeon.ridged`.
+        ridge: Share of the median of C's diagonal, see `surgeon.damping`.
     """
-    factor = torch.linalg.cholesky(ridged(second, ridge)[keep][:, keep])
+    inner = second[keep][:, keep]
+    inner.diagonal().add_(damping(second, ridge))
+    factor = torch.linalg.cholesky(inner)
     return torch.cholesky_solve(second[keep][:, drop], factor).T.contiguous()
 
 

@@ -36,14 +36,16 @@ def elimination_costs(
         weight: Of the consumer, [hidden, channels].
         output: G, mean over tokens, float32 [hidden, hidden].
         information: h, mean over tokens, float32 [units]; a unit's channels stand side by side.
-        ridge: As the compensation's, see `ridged`.
+        ridge: As the compensation's, see `damping`.
 
     Returns:
         float32 [units], in nats per token.
     """
     units = len(information)
     size = second.shape[0] // units
-    inverse = torch.linalg.inv(ridged(second.double(), ridge)).float()
+    ridged = second.double()
+    ridged.diagonal().add_(damping(ridged, ridge))
+    inverse = torch.linalg.inv(ridged).float()
     metric = output.double()
     metric.diagonal().add_(1e-9 * metric.diagonal().mean().clamp_min(1e-30))
     seen = torch.linalg.cholesky(metric).T.float() @ weight.float()  # the weight in the metric of the loss
@@ -72,18 +74,16 @@ def elimination_costs(
     return result
 
 
-def ridged(second: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Second moments with `ridge` times the median of their diagonal's live entries on the diagonal, a copy.
+def damping(second: torch.Tensor, ridge: float) -> torch.Tensor:
+    """What goes on the diagonal of second moments: `ridge` times the median of its live entries, a scalar.
 
-    Not the mean: a language model has neurons with a thousand times the scale of their neighbours (massive
+    Not of the mean: a language model has neurons with a thousand times the scale of their neighbours (massive
     activations, Sun et al. 2024), and a ridge of their scale would hide every other neuron of the layer.
     """
     diagonal = second.diagonal()
     live = diagonal[diagonal > 0]
     typical = live.median() if len(live) else diagonal.new_ones(())
-    result = second.clone()
-    result.diagonal().add_(ridge * typical.clamp_min(1e-12))
-    return result
+    return ridge * typical.clamp_min(1e-12)
 
 
 def _channels(units: torch.Tensor, size: int) -> torch.Tensor:
