@@ -34,7 +34,7 @@ class Gates(Section):
         description="0 keeps the start, in every form; else of Adam, which re_estimated gates do without.",
     )
     prior_tokens: Int = Field(
-        default=200_000,
+        default=1_000_000,
         gt=0,
         description="Re-estimated: tokens of gradients that weigh as much as the start.",
     )
