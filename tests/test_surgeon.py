@@ -14,7 +14,7 @@ import koff_prune
 from koff_prune.compensate import predict
 from koff_prune.recipe import Structure
 from koff_prune.scores import collect, consumer, removal_costs
-from koff_prune.surgeon import MEND, elimination_costs
+from koff_prune.surgeon import MEND, damping, elimination_costs
 from koff_prune.units import KINDS, read_units
 
 RIDGE = 1e-6
@@ -95,6 +95,12 @@ def test_one_massive_unit_does_not_make_the_others_dear() -> None:
         second * scale * scale[:, None], weight / scale, output, information, 0.01
     )  # the same layer otherwise
     assert torch.allclose(massive, plain, rtol=0.05)
+
+
+def test_the_ridge_is_of_the_live_channels_scale() -> None:
+    diagonal = torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 500.0])
+    assert float(damping(diagonal.diag(), 0.01)) == pytest.approx(0.02)
+    assert float(damping(torch.zeros(3, 3), 0.01)) > 0
 
 
 def test_a_dead_unit_makes_the_others_no_cheaper() -> None:
