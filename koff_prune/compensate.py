@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from koff_prune.plan import Kept
 from koff_prune.scores import Place, consumer
-from koff_prune.surgeon import damping
+from koff_prune.surgeon import damping, factor
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, head_channels
 
 
@@ -49,9 +49,8 @@ def predict(second: torch.Tensor, keep: torch.Tensor, drop: torch.Tensor, ridge:
         ridge: Share of the median of C's diagonal, see `surgeon.damping`.
     """
     inner = second[keep][:, keep]
-    inner.diagonal().add_(damping(second, ridge))
-    factor = torch.linalg.cholesky(inner)
-    return torch.cholesky_solve(second[keep][:, drop], factor).T.contiguous()
+    lower = factor(inner, damping(second, ridge)[keep])
+    return torch.cholesky_solve(second[keep][:, drop], lower).T.contiguous()
 
 
 Solved = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

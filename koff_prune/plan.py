@@ -137,7 +137,8 @@ def make_plan(
         structure: Target, denominator, widths and rounding.
         model: source, revision, config_sha256.
         method: Written into the plan.
-        ranking: `global` ranks units over all layers; `per_layer` removes the same share of every layer.
+        ranking: `global` ranks units over all layers; `per_layer` removes the same share of every layer, and
+            ranks the units of each.
 
     Raises:
         KoffError: Nothing reachable lies within 0.002 of the target.
@@ -186,15 +187,37 @@ def choose(
     """
     budget = target * units.denominator(structure.of)
     kept = all_kept(units)
+    if per_layer and structure.widths != "uniform":
+        _take_evenly(kept, scores, units, structure, budget)
+        return kept
     if "kv_groups" in structure.units:
         _drop_kv_groups(kept, scores, units, structure, budget)
     if "ffn_neurons" in structure.units:
         rest = budget - removed_parameters(kept, units)
-        if structure.widths == "uniform" or per_layer:
+        if structure.widths == "uniform":
             _fill_uniform(kept, scores, units, structure, rest)
         else:
             _fill_global(kept, scores, units, structure, rest)
     return kept
+
+
+def _take_evenly(kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float) -> None:
+    """Takes the same share of every layer's units; what rounding leaves of one's is asked of the next."""
+    sizes = [sum(layer.count(kind) * layer.cost(kind) for kind in structure.units) for layer in units.layers]
+    owed = 0.0
+    for i, (stay, layer, size) in enumerate(zip(kept, units.layers, sizes, strict=True)):
+        owed += budget * size / sum(sizes)
+        gone: dict[UnitKind, list[int]] = {}
+        if "kv_groups" in structure.units:
+            gone["kv_groups"] = _fallen_groups([i], scores, units, structure, owed)[i]
+            owed -= len(gone["kv_groups"]) * layer.kv_cost
+        if "ffn_neurons" in structure.units:
+            rest, options = owed, _removable(layer.ffn_neurons, structure.round_to)
+            count = min(options, key=lambda n: abs(n * layer.ffn_cost - rest))
+            gone["ffn_neurons"] = _ascending(scores["ffn_neurons"][i])[:count].tolist()
+            owed -= count * layer.ffn_cost
+        for kind, units_gone in gone.items():
+            stay[kind] = [j for j in stay[kind] if j not in set(units_gone)]
 
 
 def _drop_kv_groups(kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 
 MEND = 0.5
+_ROUNDED = 1e-5  # see `damping`
 STEPS = 192  # removals at a time are a channel count divided by this: the inverse is updated once for all
 
 
@@ -47,8 +48,8 @@ def elimination_costs(
     ridged.diagonal().add_(damping(ridged, ridge))
     inverse = torch.linalg.inv(ridged).float()
     metric = output.double()
-    metric.diagonal().add_(1e-9 * metric.diagonal().mean().clamp_min(1e-30))
-    seen = torch.linalg.cholesky(metric).T.float() @ weight.float()  # the weight in the metric of the loss
+    little = (1e-9 * metric.diagonal().mean().clamp_min(1e-30)).expand(len(metric))
+    seen = factor(metric, little).T.float() @ weight.float()  # the weight in the metric of the loss
     wrong = information.clamp_min(1e-30) / _costs(seen, _blocks(second, size)).clamp_min(1e-30)
     layer = wrong[information > 0].log().mean().nan_to_num().exp()  # a dead unit says nothing about others
     mend = layer * (wrong / layer) ** MEND / 2
@@ -75,15 +76,35 @@ def elimination_costs(
 
 
 def damping(second: torch.Tensor, ridge: float) -> torch.Tensor:
-    """What goes on the diagonal of second moments: `ridge` times the median of its live entries, a scalar.
+    """What goes on the diagonal of second moments, [channels]: `ridge` times the median of its live entries.
 
     Not of the mean: a language model has neurons with a thousand times the scale of their neighbours (massive
-    activations, Sun et al. 2024), and a ridge of their scale would hide every other neuron of the layer.
+    activations, Sun et al. 2024), and a ridge of their scale would hide every other neuron of the layer. They
+    get a hundred-thousandth of their own entry instead, above what float32 rounded off their sums of squares:
+    such neurons fire on the same tokens, and what tells two of them apart may be nothing but that rounding.
     """
     diagonal = second.diagonal()
     live = diagonal[diagonal > 0]
     typical = live.median() if len(live) else diagonal.new_ones(())
-    return ridge * typical.clamp_min(1e-12)
+    return ridge * typical.clamp_min(1e-12) + _ROUNDED * diagonal
+
+
+def factor(square: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """The lower Cholesky factor of `square` + `more` on its diagonal, or as many tens of `more` as it takes.
+
+    Second moments of fewer tokens than channels are singular, and rounding makes them indefinite.
+
+    Args:
+        square: Symmetric, [n, n]; its diagonal is changed.
+        more: Positive, [n].
+    """
+    diagonal, own = square.diagonal(), square.diagonal().clone()
+    while True:
+        diagonal.copy_(own + more)
+        found, info = torch.linalg.cholesky_ex(square)
+        if not info.any() or not torch.isfinite(more).all():
+            return found
+        more = more * 10
 
 
 def _channels(units: torch.Tensor, size: int) -> torch.Tensor:

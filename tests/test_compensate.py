@@ -8,6 +8,7 @@ from model_helpers import SHAPES, random_plan, tiny_shape, token_ids
 
 from koff_prune.compensate import Compensation, channels, predict, removed
 from koff_prune.scores import collect, consumer
+from koff_prune.surgeon import damping
 from koff_prune.units import KINDS, read_units
 
 
@@ -77,6 +78,30 @@ def test_one_massive_channel_does_not_keep_others_from_taking_over() -> None:
     x[:, 0] = 0  # and one that is dead
     found = predict(x.T @ x, torch.tensor([0, 1, 2, 3, 7]), torch.tensor([4, 5, 6]), 0.01)
     assert torch.allclose(found[2], torch.tensor([0, 1.0, 1.0, 0, 0]), atol=0.05)
+
+
+@pytest.mark.parametrize(("count", "massive"), [(2, 650.0), (8, 326.0), (8, 2000.0)])
+def test_massive_channels_that_say_the_same_hide_nobody(count: int, massive: float) -> None:
+    """They fire on every window's first token alone, so that float32 sums of their squares are singular."""
+    torch.manual_seed(0)
+    channels, window, windows = 64, 128, 200
+    mixed = torch.randn(channels - count, channels - count) / 8 + torch.eye(channels - count)
+    second, everything = torch.zeros(channels, channels), []
+    for _ in range(windows):
+        x = torch.cat([torch.zeros(window, count), torch.randn(window, channels - count) @ mixed], 1)
+        x[0, :count] = massive * window**0.5 * torch.arange(1, count + 1)
+        second += x.T @ x
+        everything.append(x)
+    x = torch.cat(everything).double()
+    drop = torch.arange(channels - 16, channels)
+    keep = torch.arange(channels - 16)
+    found = predict(second, keep, drop, 0.01).double()
+    inner = x[:, keep].T @ x[:, keep]
+    inner.diagonal().add_(float(damping(second, 0.01)[-1]))
+    exact = torch.linalg.solve(inner, x[:, keep].T @ x[:, drop]).T
+    assert (found - exact)[:, count:].norm() < 0.1 * exact[:, count:].norm()
+    lost, least = (float((x[:, drop] - x[:, keep] @ b.T).square().sum()) for b in (found, exact))
+    assert lost < 1.02 * least
 
 
 def test_few_tokens_and_dead_channels_still_solve() -> None:

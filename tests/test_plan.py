@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model_helpers import random_scores, tiny_config
 
 from koff_export.errors import KoffError
-from koff_prune.architecture import LayerUnits, Units, units_of_config
+from koff_prune.architecture import KINDS, LayerUnits, UnitKind, Units, units_of_config
 from koff_prune.plan import Plan, Scores, choose, make_plan, removed_parameters
 from koff_prune.recipe import Structure
 
@@ -51,7 +51,7 @@ def test_the_realised_sparsity_is_within_half_a_step(
 ) -> None:
     units, structure, scores = problem
     kept = choose(scores, units, structure, structure.sparsity, per_layer=per_layer)
-    uniform = structure.widths == "uniform" or per_layer
+    uniform = structure.widths == "uniform"
     step = structure.round_to * units.layers[0].ffn_cost * (len(units.layers) if uniform else 1)
     least = (
         units.layers[0].ffn_neurons - 1
@@ -97,6 +97,23 @@ def test_global_means_global() -> None:
     assert [len(x["ffn_neurons"]) for x in choose(scores, units, structure, share)] == [16, 32]
     even = choose(scores, units, structure, share, per_layer=True)
     assert [len(x["ffn_neurons"]) for x in even] == [24, 24]
+
+
+@pytest.mark.parametrize("kinds", [["ffn_neurons"], ["ffn_neurons", "kv_groups"], ["kv_groups"]])
+def test_per_layer_takes_the_same_share_of_every_layer(kinds: list[UnitKind]) -> None:
+    """However much lower the scores of one layer are, KV groups among them."""
+    units = units_like(layers=6)
+    scores: Scores = {
+        kind: [t + i for i, t in enumerate(table)] for kind, table in random_scores(units).items()
+    }
+    structure = Structure(units=kinds, sparsity=0.3, of="blocks", round_to=4)
+    kept = choose(scores, units, structure, 0.3, per_layer=True)
+    layer = units.layers[0]
+    gone = [sum((layer.count(k) - len(x[k])) * layer.cost(k) for k in KINDS) for x in kept]
+    whole = units.block_parameters / len(units.layers)
+    step = layer.kv_cost if kinds == ["kv_groups"] else 4 * layer.ffn_cost
+    assert all(abs(g - 0.3 * whole) <= step for g in gone), [g / whole for g in gone]
+    assert removed_parameters(kept, units) == pytest.approx(0.3 * units.block_parameters, abs=step / 2)
 
 
 def test_kv_groups_go_where_their_scores_are_lowest() -> None:

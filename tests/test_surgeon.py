@@ -99,8 +99,18 @@ def test_one_massive_unit_does_not_make_the_others_dear() -> None:
 
 def test_the_ridge_is_of_the_live_channels_scale() -> None:
     diagonal = torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 500.0])
-    assert float(damping(diagonal.diag(), 0.01)) == pytest.approx(0.02)
-    assert float(damping(torch.zeros(3, 3), 0.01)) > 0
+    assert damping(diagonal.diag(), 0.01).tolist() == pytest.approx([0.02] * 4 + [0.02002] * 2 + [0.025])
+    assert (damping(torch.zeros(3, 3), 0.01) > 0).all()
+
+
+def test_fewer_labelled_tokens_than_hidden_channels_still_give_costs() -> None:
+    """Of short scoring text, or of chats of which little is learned, G is singular and rounded."""
+    second, weight, _ = problem(hidden=300)
+    g = torch.randn(60, 300) * 1e-3
+    output = sum((g[i : i + 7].T @ g[i : i + 7] for i in range(0, 60, 7)), torch.zeros(300, 300))
+    output -= 1e-7 * output.diagonal().mean() * torch.eye(300)
+    costs = elimination_costs(second, weight, output, torch.ones(len(second)), RIDGE)
+    assert torch.isfinite(costs).all() and (costs > 0).any()
 
 
 def test_a_dead_unit_makes_the_others_no_cheaper() -> None:
