@@ -134,11 +134,13 @@ def _swaps(run: Run, tokens: int) -> dict[str, Any]:
     return {"nats": matrix, "wrong_minus_right": wrong}
 
 
-def _difference(wrong: list[float], right: list[float], documents: list[int]) -> dict[str, float]:
-    """Mean of wrong - right in nats per token, its interval from a bootstrap over documents."""
+def _difference(wrong: list[float], right: list[float], documents: list[int]) -> dict[str, Any]:
+    """Mean of wrong - right, nats per token; its interval from a bootstrap over two documents or more."""
     _, owner = np.unique(documents, return_inverse=True)
     sums = np.bincount(owner, weights=np.subtract(wrong, right))
     count = np.bincount(owner)
+    if len(count) < 2:
+        return {"value": float(sums.sum() / count.sum()), "low": None, "high": None}
     generator = np.random.default_rng(SEED)
     drawn = generator.multinomial(len(count), np.full(len(count), 1 / len(count)), size=RESAMPLES)
     draws = (drawn @ sums) / (drawn @ count)
@@ -168,7 +170,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         f"{name} on {text} text ({d['value']:+.3f} nats)"
         for text, row in swaps["wrong_minus_right"].items()
         for name, d in row.items()
-        if name != OFF and d["low"] <= 0
+        if name != OFF and (d["low"] is None or d["low"] <= 0)
     ]
     if harmless:
         said.append(f"Memories that are not shown to be worse than the right one: {', '.join(harmless)}.")
@@ -204,16 +206,21 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     names = [OFF, *domains]
     matrix = [[t, *(f"{math.exp(row[n]):.2f}" for n in names)] for t, row in swaps["nats"].items()]
     cost = [
-        [t, *("–" if n == t else f"{row[n]['value']:+.3f} [{row[n]['low']:+.3f}, {row[n]['high']:+.3f}]"
-              for n in names)]
+        [t, *("–" if n == t else _told(row[n]) for n in names)]
         for t, row in swaps["wrong_minus_right"].items()
-    ]  # fmt: skip
+    ]
     return [
         ("Removal of domain-specific neurons", head, odds),
         (f"Specific neurons, {part['fraction']:.0%} of all", ["domain", "neurons"], counts),
         ("Perplexity of each text under each memory", ["text", *names], matrix),
         ("What a wrong memory costs, nats per token", ["text", *names], cost),
     ]
+
+
+def _told(difference: dict[str, Any]) -> str:
+    if difference["low"] is None:
+        return f"{difference['value']:+.3f}"
+    return "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
 
 
 def _page(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from koff_prune import ranks
 from koff_prune.analyze import analyze as analyze
 from koff_prune.arms import main_arm
 from koff_prune.bundling import write_bundle
+from koff_prune.chat import tokens
 from koff_prune.compare import compare as _compare
 from koff_prune.learn import check_processes
 from koff_prune.needs import dry_plan
@@ -87,7 +88,13 @@ def _prepare(run: Run) -> None:
             structure.widths == "per_layer",
             "kv_groups" not in structure.units,
         )
-    _ = run.domains
+    longest = max((row.kv_tokens or 0 for row in run.recipe.compare), default=0)
+    for name, blocks in run.domains.items():
+        if longest > (there := tokens(blocks.train).numel()):
+            raise KoffError(
+                f"compare: kv_tokens {longest} begins as so much training text, and domain {name} has {there}"
+                " tokens of it: lower it, or raise learn.tokens"
+            )
 
 
 def _cut(run: Run) -> None:

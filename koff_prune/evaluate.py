@@ -11,6 +11,8 @@ from torch.nn import functional
 from koff_prune.chat import tokens_and_labels
 from koff_prune.memory import Memories
 
+_MOST = 700.0  # nats whose exponential is a float
+
 
 @torch.no_grad()
 def window_losses(
@@ -44,8 +46,8 @@ def window_losses(
 
 
 def perplexities(losses: Mapping[str, list[float]]) -> dict[str, float]:
-    """Per domain exp(mean nats per token), and their geometric mean as `gmean`."""
+    """Per domain exp(mean nats per token), or infinity for no number; their geometric mean as `gmean`."""
     means = {name: sum(values) / len(values) for name, values in losses.items()}
-    result = {name: math.exp(value) for name, value in means.items()}
-    result["gmean"] = math.exp(sum(means.values()) / len(means))
-    return result
+    means["gmean"] = sum(means.values()) / len(means)
+    # beyond what a float holds, and where a model gave no number at all
+    return {name: math.exp(value) if value < _MOST else math.inf for name, value in means.items()}

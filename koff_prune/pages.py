@@ -34,3 +34,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def infinite(value: Any) -> Any:
+    """What `finite` wrote of figures alone, read back: null is infinity."""
+    if isinstance(value, Mapping):
+        return {key: infinite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [infinite(item) for item in value]
+    return math.inf if value is None else value

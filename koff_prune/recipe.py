@@ -28,7 +28,7 @@ from koff_prune.recipe_learn import Form, Learn, Start
 from koff_prune.recipe_learn import Gates as Gates
 from koff_prune.recipe_memory import Kv as Kv
 from koff_prune.recipe_memory import Lora as Lora
-from koff_prune.recipe_memory import Memory, MemoryKind
+from koff_prune.recipe_memory import Memory, MemoryKind, parts_of
 from koff_prune.templates import parse
 
 BASELINES = ("magnitude", "wanda", "taylor", "fisher", "random")
@@ -347,15 +347,29 @@ class Recipe(Section):
     def _whole_recipe(self) -> Recipe:
         if self.memory.kind == "none" and self.learn.settle_tokens:
             raise ValueError("learn.settle_tokens trains memories: set it to 0 or give a memory")
-        for row in self.compare:
+        for n, row in enumerate(self.compare):
             if row.method == "koff":
                 self.learn.gates.of_row(row)
+            self._check_memory(n, row)
         folded: dict[str, str] = {}
         for name in self.domains:
+            if name in ("none", "gmean"):
+                raise ValueError(f"domains.{name}: the word means something else to every command; rename it")
             other = folded.setdefault(name.casefold(), name)
             if other != name:  # each domain is a folder, and many disks do not tell case apart
                 raise ValueError(f"domains {other} and {name} differ only in case; rename one")
         return self
+
+    def _check_memory(self, n: int, row: CompareRow) -> None:
+        """Refuses a row with a part of a memory that the recipe does not describe."""
+        learned = row.learned_with if row.learned_with is not None else self.memory.kind
+        trained = self.memory.kind if row.trained_with == "same" else row.trained_with
+        wanted = parts_of(trained) | (parts_of(learned) if row.method == "koff" else set())
+        for part in sorted(wanted - parts_of(self.memory.kind)):
+            raise ValueError(f"compare[{n}] asks for a memory with {part}: describe it in memory.{part}")
+        for key, part in (("lora_rank", "lora"), ("kv_tokens", "kv")):
+            if getattr(row, key) and part not in wanted:
+                raise ValueError(f"compare[{n}].{key} sizes a {part} that the row's memories do not have")
 
     @property
     def step_batches(self) -> int:

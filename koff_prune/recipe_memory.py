@@ -10,6 +10,13 @@ from pydantic_core import CoreSchema
 from koff_prune.fields import Float, Int, Section, Texts
 
 MemoryKind = Literal["none", "lora", "kv", "lora+kv"]
+# the linear layers of a block: what the cut and the exports know how to slice
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def parts_of(kind: str) -> set[str]:
+    """lora, kv, both or neither."""
+    return set(kind.split("+")) - {"none"}
 
 
 class Lora(Section):
@@ -26,6 +33,10 @@ class Lora(Section):
     def _one_word(cls, value: str | list[str]) -> str | list[str]:
         if isinstance(value, str) and value != "all-linear":
             raise ValueError("must be all-linear or a list of module names")
+        if unknown := [name for name in value if isinstance(value, list) and name not in TARGETS]:
+            raise ValueError(
+                f"knows no {', '.join(unknown)}: name any of {', '.join(TARGETS)}, or all-linear"
+            )
         return value
 
 
@@ -58,7 +69,7 @@ class Memory(Section):
 
     def only(self, kind: MemoryKind) -> Memory:
         """The same memory restricted to the named parts."""
-        parts = kind.split("+")
+        parts = parts_of(kind)
         return Memory(lora=self.lora if "lora" in parts else None, kv=self.kv if "kv" in parts else None)
 
     @classmethod

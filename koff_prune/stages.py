@@ -24,6 +24,7 @@ from koff_prune.evaluate import window_losses
 from koff_prune.gates import RE_ESTIMATED, Gates
 from koff_prune.learn import Phase, spends, steps_of, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
+from koff_prune.pages import finite, infinite
 from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
 from koff_prune.recipe import COSTS, CompareRow, Learn, Memory, MemoryKind
@@ -358,6 +359,6 @@ def losses_of(
                         who = name if attached else None
                         result[name] = window_losses(memories, blocks.heldout, who, progress)
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(path, result)
-    found: dict[str, list[float]] = read_json(path)
+                write_json(path, finite(result))
+    found: dict[str, list[float]] = infinite(read_json(path))
     return found

@@ -18,13 +18,15 @@ from koff_export.errors import KoffError
 from koff_export.files import read_json, recover, staged_dir, write_json
 from koff_prune import ranks
 from koff_prune.lock import alone
+from koff_prune.pages import finite, infinite
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, Recipe
 from koff_prune.verdict import Row
 
 ROWS = "rows.json"  # of a finished sub-run: its rows, with the losses of every window
-_OF_THE_SEED = ("domains", "statistics.safetensors", "costs-surgeon.safetensors", "rows/dense_*")
-_OF_THE_BUDGET = "rows/dense_trained-*"  # the ceiling's memories are trained for so many tokens
+# scoring text is where the training text begins, whatever the budget
+_OF_THE_SEED = ("statistics.safetensors", "costs-surgeon.safetensors", "rows/dense_trained-none*")
+_OF_THE_BUDGET = ("domains", "rows/dense_*")  # so much training text; the ceiling is trained on it
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Point:
         if self.tokens is not None:
             learn = data["learn"]
             whole = learn["tokens"] + learn["settle_tokens"]
+            if not whole:
+                raise KoffError(
+                    "--tokens: divides what learn.tokens and learn.settle_tokens name; both are 0"
+                )
             learn["settle_tokens"] = round(self.tokens * learn["settle_tokens"] / whole)
             learn["tokens"] = self.tokens - learn["settle_tokens"]
         return Recipe.model_validate(data)
@@ -85,6 +91,8 @@ def points(
                 raise KoffError(f"{name}: {value} is out of range; name values between {low:g} and {high:g}")
         if len(set(values)) != len(values):
             raise KoffError(f"{name}: {', '.join(map(str, values))} names a value twice; name each once")
+    if tokens and not recipe.learn.tokens + recipe.learn.settle_tokens:
+        raise KoffError("--tokens: is divided as learn.tokens and learn.settle_tokens are; both are 0")
     budgets: Sequence[int | None] = tokens or [None]
     return [
         Point(seed, sparsity, budget)
@@ -155,7 +163,19 @@ def _enter(recipe: Recipe, out: Path, resume: bool) -> None:
 def _compare_at(recipe: Recipe, point: Point, out: Path, before: Sequence[Point]) -> list[Row]:
     folder = out / point.folder
     finished = folder / ROWS
-    if not ranks.agree(finished.exists()):
+    asked = [row.model_dump(mode="json", exclude_none=True) for row in recipe.compare]
+
+    def there() -> list[Row] | None:
+        """The rows, if they are those that the recipe asks for by now."""
+        found = read_json(finished) if finished.exists() else None
+        if not isinstance(found, dict) or found.get("compare") != asked:
+            return None
+        for row in found["rows"]:
+            row.update({key: infinite(row[key]) for key in ("perplexity", "nll")})
+        rows: list[Row] = found["rows"]
+        return rows
+
+    if not ranks.agree(there() is not None):
         from koff_prune.api import compare
         from koff_prune.run import Run
 
@@ -164,12 +184,13 @@ def _compare_at(recipe: Recipe, point: Point, out: Path, before: Sequence[Point]
             for other in before:
                 if other.seed == point.seed:
                     share(out / other.folder, folder, same_budget=other.tokens == point.tokens)
-        rows_there = compare(mine, folder, resume=True)
+        rows = compare(mine, folder, resume=True)
         with ranks.turn():
-            if not finished.exists():
-                write_json(finished, rows_there)
-    rows: list[Row] = read_json(finished)
-    return rows
+            if there() is None:
+                write_json(finished, finite({"compare": asked, "rows": rows}))
+    found = there()
+    assert found is not None
+    return found
 
 
 def share(source: Path, target: Path, *, same_budget: bool) -> None:
@@ -180,12 +201,9 @@ def share(source: Path, target: Path, *, same_budget: bool) -> None:
         target: The run that lacks it.
         same_budget: Whether both train for the same tokens.
     """
-    for pattern in _OF_THE_SEED:
+    for pattern in _OF_THE_SEED + (_OF_THE_BUDGET if same_budget else ()):
         for path in source.glob(pattern):
             place = target / path.relative_to(source)
-            trained = path.match(_OF_THE_BUDGET) and not path.match("rows/dense_trained-none*")
-            if trained and not same_budget:
-                continue
             if path.is_file() and not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 _link(path, place)

@@ -25,8 +25,10 @@ from koff_prune.verdict import (
     Row,
     cast,
     estimate,
+    few_documents,
     mean_nats,
     resample,
+    row_label,
     row_labels,
     same_budget,
 )
@@ -52,7 +54,8 @@ def summarise(found: Sequence[tuple[Point, list[Row]]]) -> dict[str, Any]:
     result, tests = [], []
     for (sparsity, tokens), runs in places.items():
         tables = [_by_label(rows) for rows in runs]
-        table = [_over_seeds(label, tables) for label in tables[0]]
+        labels = dict.fromkeys(label for table in tables for label in table)
+        table = [_over_seeds(label, tables) for label in labels]
         point_tests = _tests(runs, tables, {"sparsity": sparsity, "tokens": tokens})
         tests += point_tests
         result.append({
@@ -61,7 +64,8 @@ def summarise(found: Sequence[tuple[Point, list[Row]]]) -> dict[str, Any]:
         })  # fmt: skip
     _holm(tests)
     summary = {"format": 1, "points": result, "tests": tests}
-    return {**summary, "sentences": _sentences(summary)}
+    rough = {s: None for _, rows in found if (koff := cast(rows).koff) for s in few_documents(koff)}
+    return {**summary, "sentences": [*_sentences(summary), *rough]}
 
 
 def write_sweep(folder: Path, summary: dict[str, Any]) -> None:
@@ -88,7 +92,11 @@ def markdown(summary: dict[str, Any]) -> str:
 def _by_label(rows: Sequence[Row]) -> dict[str, Row]:
     """Rows by what they are called in every seed: which of its rankings a rival took may differ by seed."""
     unranked: list[Any] = [{**r, "ranking": None} if r["memory"] != "none" else r for r in rows]
-    return dict(zip(row_labels(unranked), rows, strict=True))
+    names = [(row_label(r), r["compensate"]) for r in unranked]
+    # where both rankings stand side by side, they were asked for by name
+    named = [row if names.count(name) > 1 else bare
+             for row, bare, name in zip(rows, unranked, names, strict=True)]  # fmt: skip
+    return dict(zip(row_labels(named), rows, strict=True))
 
 
 def _over_seeds(label: str, tables: Sequence[dict[str, Row]]) -> dict[str, Any]:

@@ -120,7 +120,9 @@ def row_label(row: Row) -> str:
 def row_labels(rows: Sequence[Row]) -> list[str]:
     """Labels of all rows; where two would read the same, what tells them apart is added."""
     labels = [row_label(row) for row in rows]
+    forms = {"re_estimated": "re-estimated gates", "straight_through": "straight-through gates"}
     details: list[Callable[[Row], str]] = [
+        lambda row: forms.get(row["gates"] or "", str(row["gates"])),
         lambda row: "compensated" if row["compensate"] == "least_squares" else "not compensated",
         lambda row: f"target {row['sparsity'].get('target')}",
         lambda row: f"seed {row['seed']}",
@@ -178,7 +180,7 @@ def judge(rows: Sequence[Row]) -> Verdict:
         )
     closed, said = _closed(parts, labels)
     offloaded, more = _offloaded(parts)
-    sentences = [*_against(rows, koff, labels), *said, *more, *_documents(koff)]
+    sentences = [*_against(rows, koff, labels), *said, *more, *few_documents(koff)]
     headline = _headline(koff, dense)
     return Verdict(closed, offloaded, headline, sentences)
 
@@ -272,12 +274,14 @@ def _headline(koff: Row, dense: Row | None) -> str:
     return f"{text}, {abs(ratio):.1%} {'above' if ratio >= 0 else 'below'} the dense model's {_pp(dense)}."
 
 
-def _documents(koff: Row) -> list[str]:
+def few_documents(koff: Row) -> list[str]:
+    """A sentence where held-out documents are too few for an interval to mean much."""
     few = {name: len(set(d)) for name, d in koff.get("documents", {}).items() if len(set(d)) < _FEW_DOCUMENTS}
     if not few:
         return []
     counts = ", ".join(f"{name} {count}" for name, count in few.items())
-    return [f"Intervals are rough: few held-out documents ({counts}); raise evaluate.tokens."]
+    none = ", and there are none with one" if 1 in few.values() else ""
+    return [f"Intervals are rough: few held-out documents ({counts}){none}; raise evaluate.tokens."]
 
 
 def _first(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> Row | None:
@@ -314,7 +318,8 @@ def resample(rows: Sequence[Row]) -> np.ndarray | None:
 
     Within a domain, as many documents as there are drawn with replacement, the same ones for all rows; a
     domain's loss is the mean over the windows of what was drawn. None where rows carry no losses per window,
-    not of the same documents, or infinite ones.
+    not of the same documents, or infinite ones, and where a domain has one document alone, which is all that
+    could be drawn.
     """
     documents = rows[0].get("documents")
     if not documents or any("nll" not in r or r.get("documents") != documents for r in rows):
@@ -325,7 +330,7 @@ def resample(rows: Sequence[Row]) -> np.ndarray | None:
         known, owner = np.unique(documents[name], return_inverse=True)
         windows = np.bincount(owner)
         sums = np.array([np.bincount(owner, weights=r["nll"][name]) for r in rows])
-        if not np.isfinite(sums).all():
+        if len(known) < 2 or not np.isfinite(sums).all():
             return None
         drawn = generator.multinomial(len(known), np.full(len(known), 1 / len(known)), size=RESAMPLES)
         total += (sums @ drawn.T) / (drawn @ windows)

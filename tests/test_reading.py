@@ -127,6 +127,35 @@ def test_mistakes_of_the_whole(write, text: str, told: str) -> None:
     assert told in "\n".join(mistakes(write(text)))
 
 
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ("memory: {lora: {target: [q_proj, qproj]}}", "knows no qproj"),
+        ("memory: {lora: {target: [lm_head]}}", "knows no lm_head"),
+        ("memory: {lora: none}\ncompare: [{method: fisher, trained_with: lora}]", "compare[0]"),
+        (
+            "memory: {kv: none}\ncompare: [dense, {method: koff, learned_with: kv, trained_with: kv}]",
+            "memory.kv",
+        ),
+        (
+            "compare: [{method: koff, learned_with: lora, trained_with: lora, kv_tokens: 8}]",
+            "compare[0].kv_tokens",
+        ),
+    ],
+)
+def test_a_row_cannot_ask_for_a_memory_that_the_recipe_does_not_have(
+    tmp_path: Path, sections: str, told: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {{source: m}}\ndomains: {{law: {{source: law}}}}\n{sections}\n")
+    with pytest.raises(KoffError) as caught:
+        load_recipe(path, check_files=False)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    path.write_text("model: {source: m}\ndomains: {none: {source: law}}\n")
+    with pytest.raises(KoffError, match="domains.none"):
+        load_recipe(path, check_files=False)
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     assert "no such file" in mistakes(tmp_path / "none.yaml")[0]
     assert "cannot be read" in mistakes(tmp_path)[0]

@@ -129,6 +129,12 @@ def test_labels_that_would_be_equal_are_told_apart() -> None:
     assert labels[2].endswith("seed 1") and labels[3] == "dense"
 
 
+def test_gates_of_two_forms_are_told_apart_by_their_form() -> None:
+    """Not by their plans, which differ from seed to seed."""
+    both = [{**KOFF, "plan": "a"}, {**KOFF, "gates": "re_estimated", "plan": "b"}]
+    assert row_labels(both) == ["koff, straight-through gates", "koff, re-estimated gates"]
+
+
 def test_constant_differences_give_exact_figures_with_intervals_of_no_width() -> None:
     verdict = judge(FULL)
     assert verdict.closed is not None and verdict.offloaded is not None

@@ -137,6 +137,76 @@ def test_a_sweep_shares_resumes_and_grows(tmp_path: Path, capsys: pytest.Capture
     assert [p["sparsity"] for p in json.loads((out / "sweep.json").read_text())["points"]] == [0.1, 0.2, 0.05]
 
 
+def test_every_budget_has_training_text_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Linked from a smaller budget, the larger one would go round and round in that one's windows."""
+    from koff_prune.domains import load_blocks
+
+    recipe = recipe_of(
+        tmp_path, memory={"lora": "none"}, compare=[{"method": "dense", "trained_with": "same"}]
+    )
+    answer = koff_prune(capsys, "compare", recipe, "--out", tmp_path / "s", "--tokens", "256,2048")
+    assert answer.code == 0, answer.err
+    folders = [tmp_path / "s" / f"seed-0/sparsity-0.1-tokens-{t}" for t in (256, 2048)]
+    short, long = (len(load_blocks(f / "domains" / "law.safetensors").train) for f in folders)
+    assert long > 2 * short
+    assert folders[0].joinpath("statistics.safetensors").samefile(folders[1] / "statistics.safetensors")
+    refused = koff_prune(capsys, "compare", recipe, "--out", tmp_path / "t", "--tokens", "256",
+                         "--set", "learn={tokens: 0, settle_tokens: 0}")  # fmt: skip
+    assert refused.code == 2 and "error: --tokens" in refused.err and not (tmp_path / "t").exists()
+
+
+def test_a_row_added_to_a_finished_sweep_is_measured_in_every_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the rows that were there are read, not trained again; a loss that is no number is infinite."""
+    recipe = recipe_of(tmp_path, memory={"lora": "none"}, compare=["magnitude"])
+    command = ("compare", recipe, "--out", tmp_path / "s", "--seed", "0,1")
+    assert koff_prune(capsys, *command).code == 0
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "s").rglob("memories/*/*")}
+    assert stamps
+    grown = koff_prune(capsys, *command, "--resume", "--set", "compare=[magnitude, wanda]")
+    assert grown.code == 0, grown.err
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    rows = read_json(tmp_path / "s" / "sweep.json")["points"][0]["rows"]
+    assert {r["method"]: r["seeds"] for r in rows}["wanda"] == 2
+    # nothing is lost if the seeds differ, and nothing breaks where a model gave no number
+    broken = next((tmp_path / "s" / "seed-1").glob("sparsity-0.1/rows/wanda*/losses-off.json"))
+    losses = read_json(broken)
+    broken.write_text(json.dumps({**losses, "law": [None, *losses["law"][1:]]}))
+    (tmp_path / "s/seed-1/sparsity-0.1/rows.json").unlink()
+    again = koff_prune(capsys, *command, "--resume", "--set", "compare=[magnitude, wanda]")
+    assert again.code == 0, again.err
+    rows = read_json(tmp_path / "s" / "sweep.json")["points"][0]["rows"]
+    assert {r["method"]: r["perplexity"] for r in rows}["wanda"] is None
+
+
+def test_rows_that_differ_by_ranking_keep_their_names_over_seeds() -> None:
+    found = seeds_of([0.04, 0.05])
+    for point, rows in found:
+        other = {**row("fisher", 2.4, point.seed), "ranking": "per_layer", "plan": f"l{point.seed}"}
+        found[point.seed] = (point, [*rows, other])
+    (point,) = summarise(found)["points"]
+    fisher = [(r["label"], r["seeds"]) for r in point["rows"] if r["method"] == "fisher"]
+    assert fisher == [
+        ("fisher, global ranking, with memories", 2),
+        ("fisher, per-layer ranking, with memories", 2),
+    ]
+
+
+def test_one_document_in_a_domain_gives_no_interval() -> None:
+    found = seeds_of([0.04, 0.05])
+    for _, rows in found:
+        for r in rows:
+            r["documents"] = {"a": [0] * 6, "b": list(range(6))}
+    summary = summarise(found)
+    (point,) = summary["points"]
+    assert point["closed"]["low"] is None and point["offloaded"]["low"] is None
+    assert any("not shown" in s for s in summary["sentences"])
+    assert any("few held-out documents (a 1)" in s for s in summary["sentences"])
+
+
 def test_each_seed_may_have_a_dense_model_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
