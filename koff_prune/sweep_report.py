@@ -158,16 +158,14 @@ def _closed(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]]) -> dict
     means = np.mean([[mean_nats(row) for row in rows if row] for rows in three], axis=0)
     draws = _pooled([resample([row for row in rows if row]) for rows in three])
     gap = means[0] - means[2]
-    if gap <= 0:
-        return None
-    gains = (
-        None
-        if draws is None or (draws[0] <= draws[2]).any()
-        else (draws[0] - draws[1]) / (draws[0] - draws[2])
-    )
-    value = estimate((means[0] - means[1]) / gap, gains)
-    return {"value": value.value, "low": value.low, "high": value.high, "rival": best,
-            "rival_minus_koff": means[0] - means[1], "rival_minus_ceiling": gap}  # fmt: skip
+    figures = {"value": None, "low": None, "high": None, "rival": best,
+               "rival_minus_koff": means[0] - means[1], "rival_minus_ceiling": gap}  # fmt: skip
+    # a share of what may well be nothing is no figure
+    if gap > 0 and (draws is None or (draws[0] > draws[2]).all()):
+        ratio = None if draws is None else (draws[0] - draws[1]) / (draws[0] - draws[2])
+        value = estimate((means[0] - means[1]) / gap, ratio)
+        figures |= {"value": value.value, "low": value.low, "high": value.high}
+    return figures
 
 
 def _offloaded(runs: Sequence[list[Row]]) -> dict[str, Any] | None:
@@ -234,6 +232,10 @@ def _sentences(summary: dict[str, Any]) -> list[str]:
             if value is None:
                 result.append(f"{name}: {figure} is not measured.")
                 continue
+            if value["value"] is None:
+                lost = f"{value['rival']} loses {value['rival_minus_ceiling']:.4f} nats against the ceiling"
+                result.append(f"{name}: {figure} is not defined: {lost}, which may be nothing.")
+                continue
             span = (
                 ""
                 if value["low"] is None
@@ -247,16 +249,11 @@ def _sentences(summary: dict[str, Any]) -> list[str]:
             for t in summary["tests"]
             if (t["sparsity"], t["tokens"]) == (point["sparsity"], point["tokens"])
         ]
-        for word in ("worse", "not shown to differ"):
+        for word, link in (("worse", "than"), ("not shown to differ", "from"), ("better", "than")):
             those = [f"{t['against']} (lead {t['lead']:.4f} nats)" for t in mine if t["koff_is"] == word]
             if those:
-                what = "koff is worse than" if word == "worse" else "koff is not shown to differ from"
-                result.append(f"{name}: {what} {', '.join(those)}.")
-        better = sum(t["koff_is"] == "better" for t in mine)
-        if better:
-            result.append(
-                f"{name}: koff is better than {better} of {len(mine)} rows of its budget (p < {SIGNIFICANT})."
-            )
+                end = f" (p < {SIGNIFICANT})" if word == "better" else ""
+                result.append(f"{name}: koff is {word} {link} {', '.join(those)}{end}.")
         if any(t["koff_is"] == "not tested" for t in mine):
             behind = [t["against"] for t in mine if t["lead"] <= 0]
             result.append(f"{name}: one seed, so nothing is tested; koff's loss is lower than that of "

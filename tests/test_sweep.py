@@ -195,6 +195,18 @@ def test_rows_that_differ_by_ranking_keep_their_names_over_seeds() -> None:
     ]
 
 
+def test_a_share_of_a_gap_that_may_be_nothing_is_not_told() -> None:
+    """fisher at the ceiling but for a thousandth of a nat in one seed: no percentage says anything."""
+    found = seeds_of([0.001, 0.0005])
+    for _, rows in found:
+        rows[3] = row("dense", 2.3 - (0.001 if rows[3]["seed"] else -0.0008), rows[3]["seed"])
+    summary = summarise(found)
+    (point,) = summary["points"]
+    assert point["closed"]["value"] is None and point["closed"]["rival"].startswith("fisher")
+    assert any("closed is not defined: fisher" in s for s in summary["sentences"])
+    assert "%" not in next(s for s in summary["sentences"] if "closed" in s)
+
+
 def test_one_document_in_a_domain_gives_no_interval() -> None:
     found = seeds_of([0.04, 0.05])
     for _, rows in found:
