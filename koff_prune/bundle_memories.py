@@ -185,6 +185,8 @@ def pack_memory(bundle: Path, name: str, target: Path) -> Path:
     _told(bundle, manifest, name)
     if target.exists():
         raise KoffError(f"{target}: is there already; remove it or name another file")
+    if not target.parent.is_dir():
+        raise KoffError(f"{target}: there is no folder {target.parent}; make it, or name another file")
     files = [f for f in _files(manifest, name) if f.startswith("memories/")]
     for file in files:
         check_file(bundle, manifest, file)

@@ -46,6 +46,9 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
 
     Returns:
         The bundle's folder.
+
+    Raises:
+        KoffError: It would take the place of a bundle that was given more memories.
     """
     recipe = run.recipe
     target = run.folder / ("bundle" if merge is None else f"bundle-{merge}")
@@ -54,10 +57,19 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
         **({"merge": merge} if merge else {}),
         **({"graphs": GRAPHS} if "onnx" in recipe.export.formats else {}),
     }
-    if (target / "koff.json").exists() and read_json(target / "koff.json").get("numerics", {}).get(
-        "asked"
-    ) == stamp:
+    there: dict[str, Any] = read_json(target / "koff.json") if (target / "koff.json").exists() else {}
+    if there.get("numerics", {}).get("asked") == stamp:
         return target
+    added = [
+        name
+        for name, told in there.get("domains", {}).items()
+        if name not in recipe.domains or {"trained", "composed"} & told.keys()
+    ]
+    if added:
+        raise KoffError(
+            f"{target}: is to be written anew, and holds memories that were added to it: {', '.join(added)};"
+            " `koff-prune memory pack` and `remove` them first, and `unpack` them into the new one"
+        )
     plan = Plan.load(run.folder / "plan.json")
     domains = list(recipe.domains) if (run.folder / "memories").exists() else []
     with staged_dir(target) as aside, run.timed("exporting"):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import typer
 
 from koff_export.errors import KoffError, is_out_of_memory
 from koff_prune.memory_cli import app as memory_app
+from koff_prune.progress import quiet
 
 app = typer.Typer(
     add_completion=False,
@@ -92,7 +91,7 @@ def _stage(
     from koff_prune.reading import load_recipe
 
     checked = load_recipe(recipe, overrides)  # the recipe's mistakes are told before torch is imported
-    _quiet()
+    quiet()
     from koff_prune import api, ranks
 
     machine.take()
@@ -204,7 +203,10 @@ def export(
 @app.command()
 def compare(
     recipe: RecipePath,
-    out: Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Run directory [default: runs/<recipe's name>, of a sweep with -sweep]."),
+    ] = None,
     resume: Resume = False,
     set_: Set = None,
     threads: Threads = None,
@@ -249,7 +251,7 @@ def analyze(
     device: Device = None,
 ) -> None:
     """What a run removed (domain-specific neurons?) and what its memories hold (swapped wrongly)."""
-    _quiet()
+    quiet()
     from koff_prune import api
 
     Machine(threads, device).take()
@@ -268,7 +270,7 @@ def tasks(
     device: Device = None,
 ) -> None:
     """Multiple choice and cloze through lm-eval, dense beside slim with every memory (extra `eval`)."""
-    _quiet()
+    quiet()
     from koff_prune import api
 
     Machine(threads, device).take()
@@ -288,7 +290,7 @@ def schema() -> None:
 @app.command()
 def verify(bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]) -> None:
     """Re-check a bundle: files, shapes, sparsity, and torch against ONNX Runtime."""
-    _quiet()
+    quiet()
     from koff_prune.bundling import verify as check
 
     print(json.dumps(check(bundle), indent=2))
@@ -308,17 +310,6 @@ def ship(
     from koff_export.ship import ship as copy
 
     print(copy(bundle, out, precision, profile, memory))
-
-
-def _quiet() -> None:
-    """The libraries' own notices are for their developers; ours are one sentence each."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it can do without
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
 
 
 def _print_table(folder: Path) -> None:

@@ -166,9 +166,10 @@ def _files(source: TextSource, cache: Path | None) -> list[tuple[str, Path]]:
         raise KoffError(f"path {source.path}: there is no such file or folder")
     files = _walk(root, patterns or ["*"])
     if not files:
-        raise KoffError(
-            f"path {source.path}: no file in this folder matches {patterns or 'anything'}; mend `files`"
+        what = (
+            f"no file in this folder matches {patterns}; mend `files`" if patterns else "the folder is empty"
         )
+        raise KoffError(f"path {source.path}: {what}")
     return files
 
 
@@ -211,7 +212,7 @@ def _streamed(name: str, path: Path, builder: str) -> Iterator[Record]:
     from datasets import load_dataset
 
     if path.stat().st_size == 0:
-        raise KoffError(f"{name} is empty")
+        raise KoffError(f"{path} is empty")
     try:
         yield from load_dataset(builder, data_files=[str(path)], split="train", streaming=True)
     except Exception as error:  # datasets raises what its readers do: pyarrow's, json's, zlib's errors

@@ -72,7 +72,8 @@ def _on_devices(recipe: Recipe, need: Needs, devices: int, tflops: float) -> lis
         f"{need.device / GIB:8.2f} GiB on each of {devices} while learning, each from {need.windows} of"
         f" {learn.batch} windows (learn.batch)",
         f"{need.whole / GIB:8.2f} GiB on each before learning and while evaluating: the whole",
-        f"{need.second_moments / GIB:8.2f} GiB on the host's disk: second moments, read layer by layer",
+        f"{need.second_moments / GIB:8.2f} GiB in the host's memory while scoring: second moments, later on"
+        " its disk",
         "",
         f"{need.flops / 1e9:.1f} GFLOP a token = {need.work}",
         f"{devices} x {tflops:g} TFLOP/s / that = {rate:,.0f} tokens/s;"

@@ -13,6 +13,15 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Memories of a finished bundle: add, list, inspect, compose, remove, pack, unpack, cartridge.",
 )
+
+
+@app.callback()
+def _every_command() -> None:
+    from koff_prune.progress import quiet
+
+    quiet()
+
+
 Bundle = Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]
 Name = Annotated[str, typer.Argument(help="The memory's name.", show_default=False)]
 Replace = Annotated[bool, typer.Option("--replace", help="Take the place of a memory of this name.")]

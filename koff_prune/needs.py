@@ -31,8 +31,8 @@ class Needs:
         parts: Name, arithmetic in words, and bytes.
         windows: That a device learns from at a time.
         whole: Bytes of the dense model as it is scored and cut.
-        second_moments: Bytes of compensation's statistics, float32: in memory while they are collected, then
-            in a file.
+        second_moments: Bytes of the statistics of scoring, float32: in the host's memory while they are
+            collected, then in a file.
         flops: Per token: forward, and back through weights that get no gradient of their own.
         work: The arithmetic of `flops` in words.
     """
@@ -93,12 +93,13 @@ def needs(
     attention = layers * learn.window * first.kv_groups * first.queries * first.head_dim
     work = units.block_parameters + vocabulary * hidden + attention
     said = f"{work / 1e9:.2f} G (blocks, head, attention"
-    moments = 0
+    # consumers' inputs, and gradients at their outputs
+    sides = {"ffn_neurons": inner, "kv_groups": first.kv_groups * first.queries * first.head_dim}
+    moments = sum(layers * (sides[kind] ** 2 + hidden**2) * 4 for kind in recipe.structure.units)
     if recipe.cut.compensate != "none":
         closed = layers * inner - sum(plan.widths_of("ffn_neurons"))
         parts.append(("predictions", f"{closed:,} closed neurons x {inner:,} x {each} bytes",
                       closed * inner * each))  # fmt: skip
-        moments = layers * inner**2 * 4
         work += closed * inner
         said = f"{work / 1e9:.2f} G (blocks, head, attention, predictions"
     return Needs(

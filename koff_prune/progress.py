@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,3 +69,15 @@ def bar(label: str, total: int) -> Iterator[Bar]:
 def say(text: str) -> None:
     """One line for the user, on stderr."""
     console.print(text, highlight=False)
+
+
+def quiet() -> None:
+    """The libraries' own notices are for their developers; ours are one sentence each."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it can do without
+    logging.getLogger("gguf").setLevel(logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

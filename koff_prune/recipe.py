@@ -353,7 +353,7 @@ class Recipe(Section):
             self._check_memory(n, row)
         folded: dict[str, str] = {}
         for name in self.domains:
-            if name in ("none", "gmean"):
+            if name in ("none", "gmean", "auto"):
                 raise ValueError(f"domains.{name}: the word means something else to every command; rename it")
             other = folded.setdefault(name.casefold(), name)
             if other != name:  # each domain is a folder, and many disks do not tell case apart

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,12 +124,14 @@ class Run:
         recover(stamp)
         if stamp.exists():
             seen = read_json(stamp)
-            if seen.get("recipe") != self.digest:
+            if seen.get("recipe") != self.digest and self._barely_begun():
+                stamp.unlink()  # of a recipe that was refused, and has been mended since
+            elif seen.get("recipe") != self.digest:
                 raise KoffError(
                     f"{self.folder}: holds a run of another recipe;"
                     " choose another --out, or remove the folder"
                 )
-            if not resume:
+            elif not resume:
                 raise KoffError(
                     f"{self.folder}: holds a run of this recipe; continue it with --resume, or choose --out"
                 )
@@ -152,6 +155,15 @@ class Run:
         dtype = read_json(stamp).get("dtype", self.recipe.model.dtype)
         model = self.recipe.model.model_copy(update={"dtype": dtype})
         self.recipe = self.recipe.model_copy(update={"model": model})
+
+    def _barely_begun(self) -> bool:
+        """Whether there is nothing but what a recipe says and the texts it reads; then those are removed."""
+        texts, resolved = self.folder / "domains", self.folder / "recipe.yaml"
+        if not {p.name for p in self.folder.iterdir()} <= {"run.json", ".lock", texts.name, resolved.name}:
+            return False
+        shutil.rmtree(texts, ignore_errors=True)
+        resolved.unlink(missing_ok=True)
+        return True
 
     def close(self) -> None:
         """Lets another process in."""
@@ -260,6 +272,10 @@ def finished_run(folder: Path) -> Run:
     """
     from koff_prune.reading import load_recipe
 
+    if (folder / "sweep-of.json").exists():
+        runs = sorted(folder.glob("seed-*/sparsity-*"))
+        inside = runs[0] if runs else folder / "seed-S" / "sparsity-X"
+        raise KoffError(f"{folder}: is a sweep; name one of its runs, such as {inside}")
     for name in ("run.json", "plan.json", "memories"):
         if not (folder / name).exists():
             raise KoffError(

@@ -130,7 +130,10 @@ def sweep(
     from koff_prune.sweep_report import summarise, write_sweep
 
     asked = points(recipe, sparsities, seeds, tokens)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise KoffError(f"{out}: cannot be made a folder; choose another --out") from error
     with alone(out):
         with ranks.turn():
             _enter(recipe, out, resume or ranks.rank() > 0)

@@ -256,6 +256,28 @@ def test_a_hostile_pack_is_refused(
     assert not list(bundle.glob(".unpacked*"))
 
 
+def test_an_export_does_not_throw_added_memories_away(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another precision writes the bundle anew: what the run did not make has to be taken out by hand."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    made = koff_prune(capsys, "memory", "compose", run / "bundle", "--name", "both", "--of", "law+code")
+    assert made.code == 0 and not made.err.count("pip install")
+    again = ("export", place / "recipe.yaml", "--out", run, "--resume")
+    assert koff_prune(capsys, *again).code == 0, "as it was asked for before"
+    more = (*again, "--set", "export.onnx.precision=[fp32, int8]")
+    refused = koff_prune(capsys, *more)
+    assert refused.code == 2 and "both" in refused.err and "pack" in refused.err
+    assert (run / "bundle" / "memories" / "both").is_dir()
+    packed = tmp_path / "both.koffmem"
+    assert koff_prune(capsys, "memory", "pack", run / "bundle", "both", "-o", packed).code == 0
+    assert koff_prune(capsys, "memory", "remove", run / "bundle", "both").code == 0
+    assert koff_prune(capsys, *more).code == 0
+    assert koff_prune(capsys, "memory", "unpack", packed, run / "bundle").code == 0
+    assert Runtime.open(run / "bundle", precision="int8").memories == ["law", "code", "both"]
+
+
 def test_mistakes_are_told(place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names, data and bundles that cannot be: one sentence each."""
     cases = [
@@ -267,6 +289,7 @@ def test_mistakes_are_told(place: Path, bundle: Path, capsys: pytest.CaptureFixt
         ("memory", "inspect", bundle, "x"),
         ("memory", "remove", bundle, "x"),
         ("memory", "pack", bundle, "x"),
+        ("memory", "pack", bundle, "law", "-o", bundle / "no" / "law.koffmem"),
         ("memory", "unpack", place / "sea" / "0.txt", bundle),
     ]
     for case in cases:

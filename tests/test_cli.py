@@ -164,6 +164,9 @@ def test_an_unreachable_sparsity(place: Path, tmp_path: Path, capsys: pytest.Cap
         "nearest",
     )
     assert not (out / "gates.safetensors").exists(), "told only after the training"
+    # the folder holds nothing that could be lost: the mended recipe may have it
+    assert koff_prune(capsys, "plan", place / "recipe.yaml", "--out", out).code == 0
+    mistake(koff_prune(capsys, "plan", place / "recipe.yaml", "--out", out, *sets), "another recipe")
 
 
 def test_too_short_a_text(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +177,10 @@ def test_too_short_a_text(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
         "too short",
     )
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "nothing").mkdir()
+    sets = ["--set", f"domains.law.source={tmp_path / 'nothing'}"]
+    answer = koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "q", *sets)
+    mistake(answer, "the folder is empty")
     sets = ["--set", f"domains.law.source={tmp_path / 'empty.txt'}"]
     mistake(koff_prune(capsys, "learn", place / "recipe.yaml", "--out", tmp_path / "p", *sets), "empty.txt")
 

@@ -55,7 +55,7 @@ def test_dry_run_tells_what_devices_hold(recipe: Path, capsys: pytest.CaptureFix
         rate = re.search(rf"{devices} x 50 TFLOP/s / that = ([\d,]+) tokens/s", answer.out)
         assert whole and rate
         host, scoring = (
-            sizes.pop("on the host's disk"),
+            sizes.pop("in the host's memory while scoring"),
             sizes.pop("on each before learning and while evaluating"),
         )
         assert scoring == sizes["dense model"]
@@ -77,6 +77,8 @@ def test_dry_run_tells_what_devices_hold(recipe: Path, capsys: pytest.CaptureFix
     assert weights / 8 < shared < weights / 2
     packed = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", 1, "--set", "learn.base=nf4")
     assert float(re.findall(r"([\d.]+) GiB dense model:", packed.out)[0]) < weights / 2
+    bare = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", 8, "--set", "cut.compensate=none")
+    assert f"{host:.2f} GiB in the host's memory" in bare.out, "scoring collects them all the same"
     answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--devices", 3)
     assert "do not divide over 3" in answer.out
     answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--shard")
