@@ -36,7 +36,7 @@ from koff_export.files import disk_errors, read_json, sha256_file, staged_dir
 from koff_prune.architecture import check, native_dtype
 from koff_prune.gguf_check import check_gguf
 from koff_prune.packages import cache_dir, cached_files, fetch_files
-from koff_prune.recipe import ModelSection, PackageFile
+from koff_prune.recipe import SEED, ModelSection, PackageFile
 from koff_prune.weights import Weights
 
 # Without their first token these models see text that they were never trained on; a tokenizer that came out
@@ -240,7 +240,8 @@ def _find(section: ModelSection, cache: Path | None) -> Path | str:
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.gguf)", source):
-        raise KoffError(f"model.source '{source}': there is no such file or folder")
+        filled = f"; {SEED} is filled in by `koff-prune compare --seed 0,1`" if SEED in source else ""
+        raise KoffError(f"model.source '{source}': there is no such file or folder{filled}")
     return source
 
 
