@@ -15,7 +15,8 @@ the weights:
   less noisy.
 * random.
 
-Higher means keep. Where kinds of units mix, scores are divided by the unit's cost.
+Higher means keep. Where kinds of units mix, scores are divided by the unit's cost: magnitude's squares, and
+random's not at all.
 """
 
 from __future__ import annotations
@@ -338,10 +339,21 @@ def score_units(
                     value = importance(ffn_group(layer.mlp, range(units.layers[i].ffn_neurons)))
                 else:
                     value = importance.of_attention(layer.self_attn)
-                if len(structure.units) > 1:
-                    value = value / units.layers[i].cost(kind)
-                scores[kind].append(value)
+                scores[kind].append(
+                    _by_parameter(method, value, units.layers[i].cost(kind))
+                    if len(structure.units) > 1
+                    else value
+                )
     return scores
+
+
+def _by_parameter(method: str, value: torch.Tensor, cost: int) -> torch.Tensor:
+    """Scores of units of unlike sizes made comparable: what is lost with a unit over its parameters."""
+    if method == "random":  # every unit alike
+        return value
+    if method == "magnitude":  # a norm grows with the root of the size: the mean square does not
+        return value.square() / cost
+    return value / cost
 
 
 def removal_costs(

@@ -142,7 +142,7 @@ def test_wanda_and_magnitude(
                 gone += [m.bias[j] for m, j in rows if m.bias is not None]
                 norm = torch.cat([t.flatten() for t in gone]).norm()
                 assert sum(t.numel() for t in gone) == have.cost(kind)
-                assert torch.allclose(magnitude[kind][i][u] * have.cost(kind), norm, rtol=1e-4)
+                assert torch.allclose((magnitude[kind][i][u] * have.cost(kind)).sqrt(), norm, rtol=1e-4)
 
 
 def test_second_moments(statistics: Statistics, inputs: dict[tuple[int, str], torch.Tensor]) -> None:
@@ -192,3 +192,14 @@ def test_half_a_statistics_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "s.safetensors").write_bytes((tmp_path / "s.safetensors").read_bytes()[:-4])
     with pytest.raises(KoffError, match="not a whole safetensors file"):
         Statistics.open(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_size_alone_sends_no_kv_group_away(method: str) -> None:
+    """Divided by its cost, a draw or a norm made every KV group cheaper than any neuron."""
+    model = tiny_model("llama", num_hidden_layers=6)
+    units = read_units(model)
+    scores = score_units(method, model, units, BOTH, None, seed=1)
+    neurons, groups = (torch.cat(scores[kind]) for kind in KINDS)
+    below = (groups[:, None] > neurons[None]).float().mean()
+    assert 0.2 < below < 0.8
