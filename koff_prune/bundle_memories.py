@@ -30,13 +30,18 @@ from koff_prune.formats import tell_memory, write_gguf_memory, write_onnx_memory
 from koff_prune.learn import Phase, spends, steps_of, train
 from koff_prune.lock import alone
 from koff_prune.memory import Memories, memory_of_folder, save_memory
-from koff_prune.numerics import TOLERANCE, numerics
+from koff_prune.numerics import CHECKED, TOLERANCE, numerics
 from koff_prune.packing import PACKED, check_spelling, extract
 from koff_prune.progress import bar, say
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 
-_MORE = ("heldout", "trained", "composed")  # what the manifest tells beyond sizes, where it is known
+_MORE = (
+    "heldout",
+    "trained",
+    "composed",
+    "unpacked",
+)  # what the manifest tells beyond sizes, where it is known
 
 
 def list_memories(bundle: Path) -> list[dict[str, Any]]:
@@ -93,6 +98,9 @@ def add_memory(
         if "/" not in file:
             check_file(bundle, manifest, file)
     with alone(bundle):
+        manifest = open_manifest(bundle)  # as it is by now
+        _check_name(bundle, manifest, name, replace)
+        _check_length(manifest, name, recipe.memory.kv.tokens if recipe.memory.kv else 0)
         work = bundle / f".adding-{name}"
         _same_work(work, recipe)
         tokenizer = AutoTokenizer.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
@@ -149,6 +157,9 @@ def compose_memory(
         if "/" not in file or any(file.startswith(f"memories/{part}/") for part in of):
             check_file(bundle, manifest, file)
     with alone(bundle):
+        manifest = open_manifest(bundle)  # as it is by now
+        _check_name(bundle, manifest, name, replace)
+        _check_length(manifest, name, sum(_told(bundle, manifest, part).kv_tokens for part in of))
         place = bundle / ".composed"
         try:
             tensors, memory = compose_saved(load_backbone(bundle), bundle, of, weights)
@@ -188,6 +199,10 @@ def pack_memory(bundle: Path, name: str, target: Path) -> Path:
     if not target.parent.is_dir():
         raise KoffError(f"{target}: there is no folder {target.parent}; make it, or name another file")
     files = [f for f in _files(manifest, name) if f.startswith("memories/")]
+    if not files:
+        raise KoffError(
+            f"{bundle}: was shipped for devices, without what a memory is packed from; use its original"
+        )
     for file in files:
         check_file(bundle, manifest, file)
     contents = {
@@ -230,6 +245,7 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
             _check_name(bundle, manifest, name, replace)
             attach_memory(load_backbone(bundle), place)  # refuses the shapes of another backbone
             more = {k: v for k, v in contents["told"].items() if k in _MORE}
+            more["unpacked"] = True  # whatever made it, this bundle's own run did not
             return _publish(bundle, manifest, name, place, more)
         finally:
             shutil.rmtree(place, ignore_errors=True)
@@ -247,6 +263,15 @@ def _check_name(bundle: Path, manifest: Manifest, name: str, replace: bool) -> N
         raise KoffError(f"memory '{name}': {bundle} has '{taken}', which differs only in case; name another")
     if taken and not replace:
         raise KoffError(f"memory '{name}': {bundle} has it already; name another, or use --replace")
+
+
+def _check_length(manifest: Manifest, name: str, kv_tokens: int) -> None:
+    """Before anything is trained or replaced: a cache that leaves no room for text is no memory."""
+    if manifest.context is not None and kv_tokens + CHECKED > manifest.context:
+        raise KoffError(
+            f"memory '{name}': a cache of {kv_tokens} leaves no room for {CHECKED} tokens of text in"
+            f" {manifest.context} positions; lower memory.kv.tokens, or compose fewer"
+        )
 
 
 def _publish(

@@ -63,8 +63,9 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
     added = [
         name
         for name, told in there.get("domains", {}).items()
-        if name not in recipe.domains or {"trained", "composed"} & told.keys()
+        if name not in recipe.domains or {"trained", "composed", "unpacked"} & told.keys()
     ]
+    added += [place.name.removeprefix(".adding-") for place in target.glob(".adding-*")]
     if added:
         raise KoffError(
             f"{target}: is to be written anew, and holds memories that were added to it: {', '.join(added)};"
@@ -89,7 +90,9 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
         formats = recipe.export.formats if merge is None else []
         told = {name: tell_memory(aside / "memories" / name, name, formats) for name in domains}
         tokenizer, config = run.dense.tokenizer, run.dense.config
-        eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+        eos = _ids(config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id)
+        if (aside / "generation_config.json").exists():  # an answer ends where torch's ends
+            eos += _ids(read_json(aside / "generation_config.json").get("eos_token_id"))
         manifest: dict[str, Any] = {
             "koff_prune": koff_prune.__version__,
             "model": run.model_identity,
@@ -98,7 +101,7 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
             "sparsity": {"target": plan.target, "realised": plan.realised, "of": plan.of},
             "window": recipe.evaluate.window,
             "bos": run.dense.bos,
-            "eos": [eos] if isinstance(eos, int) else list(eos or []),
+            "eos": list(dict.fromkeys(eos)),
             "context": config.max_position_embeddings,
             "domains": told,
             "learn": recipe.learn.model_dump(mode="json", include=set(MEMORY_LEARN)),
@@ -125,6 +128,10 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
                 manifest["numerics"]["fused"] = accuracy(aside, texts, "fused")
             write_manifest(aside, manifest)
     return target
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    return [value] if isinstance(value, int) else list(value or [])
 
 
 def load_bundle(

@@ -16,10 +16,11 @@ from koff_prune.attach import attach_memory
 from koff_prune.cut import load_backbone
 
 TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
+CHECKED = 24  # tokens of random text that graphs are held against torch on
 SHORT = 256  # tokens of a domain's text that precisions are measured on: its logits must fit in memory
 
 
-def numerics(folder: Path, tokens: int = 24, names: list[str] | None = None) -> dict[str, float]:
+def numerics(folder: Path, tokens: int = CHECKED, names: list[str] | None = None) -> dict[str, float]:
     """Largest logit difference between torch (float32) and ONNX Runtime, without and with every memory.
 
     Every profile of the graph counts.

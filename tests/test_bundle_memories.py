@@ -278,6 +278,42 @@ def test_an_export_does_not_throw_added_memories_away(
     assert Runtime.open(run / "bundle", precision="int8").memories == ["law", "code", "both"]
 
 
+def test_a_cache_without_room_for_text_takes_no_ones_place(
+    place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [p for p in (bundle / "memories").rglob("*") if p.is_file()]
+    before = [sha256_file(p) for p in files]
+    context = json.loads((bundle / "koff.json").read_text())["context"]
+    long = add(capsys, place, bundle, "--replace", "--set", f"memory.kv.tokens={context - 10}", name="law")
+    assert long.code == 2 and "leaves no room" in long.err and "training" not in long.err
+    assert files and [sha256_file(p) for p in files] == before
+    assert koff_prune(capsys, "verify", bundle).code == 0
+
+
+def test_what_was_unpacked_or_is_being_added_stays_too(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, packed = tmp_path / "run", tmp_path / "law.koffmem"
+    shutil.copytree(place / "run", run)
+    assert koff_prune(capsys, "memory", "pack", run / "bundle", "law", "-o", packed).code == 0
+    export = (
+        "export",
+        place / "recipe.yaml",
+        "--out",
+        run,
+        "--resume",
+        "--set",
+        "export.formats=[safetensors]",
+    )
+    (run / "bundle" / ".adding-sea").mkdir()
+    refused = koff_prune(capsys, *export)
+    assert refused.code == 2 and "sea" in refused.err
+    (run / "bundle" / ".adding-sea").rmdir()
+    assert koff_prune(capsys, "memory", "unpack", packed, run / "bundle", "--replace").code == 0
+    refused = koff_prune(capsys, *export)
+    assert refused.code == 2 and "law" in refused.err
+
+
 def test_mistakes_are_told(place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names, data and bundles that cannot be: one sentence each."""
     cases = [

@@ -314,6 +314,19 @@ def test_exporting_other_formats_again(place: Path, capsys: pytest.CaptureFixtur
     assert koff_prune(capsys, "verify", place / "plain" / "bundle").code == 0
 
 
+def test_an_answer_ends_where_torchs_ends(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model of conversations often ends its turns with a token that config.json does not name."""
+    run = place / "turns"
+    shutil.copytree(place / "run", run)
+    path = run / "backbone" / "generation_config.json"
+    told = read_json(path) if path.exists() else {}
+    own = read_json(run / "bundle" / "koff.json")["eos"]
+    path.write_text(json.dumps({**told, "eos_token_id": [*own, 105]}))
+    export = ("export", place / "recipe.yaml", "--out", run, "--resume")
+    assert koff_prune(capsys, *export, "--set", "export.formats=[safetensors]").code == 0
+    assert read_json(run / "bundle" / "koff.json")["eos"] == [*own, 105]
+
+
 def test_a_bundle_whose_graphs_an_older_export_made_is_made_anew(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -393,6 +406,8 @@ def test_a_part_is_shipped(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
         told.append(json.loads(capsys.readouterr().out))
     assert told[0] == told[1] and told[0]["precision"] == "int8_dynamic"
     mistake(koff_prune(capsys, *command), "exists already")
+    mistake(koff_prune(capsys, "memory", "pack", part, "law", "-o", tmp_path / "law.koffmem"), "shipped")
+    assert not (tmp_path / "law.koffmem").exists()
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def generate_batch(
     Raises:
         KoffError: as `Runtime.generate`, or the lists differ in length.
     """
-    check_sampling(temperature, top_k, top_p, max_new_tokens)
+    check_sampling(temperature, top_k, top_p, max_new_tokens, seed)
     if len(prompts) != len(memories) or rows < 1:
         raise KoffError("a batch needs one memory (or None) for every prompt, and rows of at least 1")
     ids = [runtime.encode(prompt) for prompt in prompts]

@@ -208,21 +208,26 @@ class _Session:
 
             if self.text is None or self.text.memory != memory:
                 self.text = CachedText(self.runtime, memory)
-        pieces = self.runtime.generate(
-            prompt,
-            memory,
-            args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            stop=args.stop,
-            text=self.text,
-        )
         said = ""
-        for piece in pieces:
-            print(piece, end="", flush=True)
-            said += piece
+        try:
+            pieces = self.runtime.generate(
+                prompt,
+                memory,
+                args.max_new_tokens,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                seed=args.seed,
+                stop=args.stop,
+                text=self.text,
+            )
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                said += piece
+        except KoffError:
+            if self.template is not None:
+                self.messages.pop()  # too long, maybe: the conversation goes on without it
+            raise
         print(flush=True)
         if self.template is not None:
             self.messages.append({"role": "assistant", "content": said})

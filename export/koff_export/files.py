@@ -18,6 +18,8 @@ from typing import Any
 
 from koff_export.errors import KoffError
 
+# what ONNX Runtime and torch say of a full disk, without the system's words
+_FULL = ("Failed to write", "unexpected pos")
 _MENDS = {
     errno.ENOSPC: "the disk is full: free some space, or write to another folder",
     errno.EDQUOT: "the disk quota is used up: free some space, or write to another folder",
@@ -50,6 +52,8 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         code = error.errno if isinstance(error, OSError) else None
         if code is None:
             code = next((c for c in (errno.ENOSPC, errno.EDQUOT) if os.strerror(c) in str(error)), None)
+        if code is None and any(words in str(error) for words in _FULL):
+            code = errno.ENOSPC
         if code in _MENDS:
             raise KoffError(f"cannot write {os.fspath(path)}: {_MENDS[code]}") from error
         raise
@@ -173,7 +177,7 @@ def recover(destination: str | os.PathLike[str]) -> None:
             continue
         if match[2] == "old" and not target.exists():
             path.rename(target)
-        elif path.is_dir():
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -197,7 +201,7 @@ def staged_dir(destination: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         KoffError: the disk is full, may not be written, or `destination` is a file.
     """
-    target = Path(destination).absolute()
+    target = Path(destination).resolve()
     stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     aside = target.with_name(f".{target.name}.{os.getpid()}.old")
     with disk_errors(target):

@@ -278,7 +278,7 @@ class Runtime:
         Raises:
             KoffError: an unknown memory, no tokens, or tokens that do not fit.
         """
-        check_sampling(temperature, top_k, top_p, max_new_tokens)
+        check_sampling(temperature, top_k, top_p, max_new_tokens, seed)
         self.check_tokens(ids, memory)
         text = text or CachedText(self, memory)
         if text.runtime is not self or text.memory != memory:

@@ -6,12 +6,14 @@ import numpy as np
 
 from koff_export.errors import KoffError
 
+_COLD = 1e-6  # below it a draw is the highest logit, and dividing by it is no number
+
 
 def pick(
     logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: np.random.Generator
 ) -> int:
     """Chooses a token from logits [vocabulary]: the highest at temperature 0, else a draw."""
-    if temperature <= 0:
+    if temperature < _COLD:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")
     if top_k > 0:
@@ -25,7 +27,14 @@ def pick(
     return int(random.choice(order, p=p))
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> None:
+def check_sampling(
+    temperature: float, top_k: int, top_p: float, max_new_tokens: int, seed: int | None = None
+) -> None:
     """Refuses settings that mean nothing."""
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 0:
-        raise KoffError("temperature, top_k and max_new_tokens must be at least 0, and top_p in (0, 1]")
+    if not 0 <= temperature < np.inf or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 0:
+        raise KoffError(
+            f"temperature {temperature:g}, top_k {top_k} and max_new_tokens {max_new_tokens} must be at least"
+            f" 0, and top_p {top_p:g} in (0, 1]"
+        )
+    if seed is not None and seed < 0:
+        raise KoffError(f"seed {seed} is below 0; name another")

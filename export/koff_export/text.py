@@ -27,7 +27,10 @@ def open_tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()  # a prompt is neither cut nor filled up, whatever it was last used for
+        tokenizer.no_padding()
+        return tokenizer
     except Exception as error:  # the tokenizers package raises bare Exception
         raise KoffError(f"cannot read the tokenizer {path} ({error}): fetch the bundle again") from error
 

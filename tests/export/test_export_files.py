@@ -41,6 +41,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
         assert names(target / "sub") == [text] and names(target.parent) == ["bundle"]
 
 
+def test_a_folder_behind_a_link_is_replaced_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "bundle").symlink_to(tmp_path / "large", target_is_directory=True)
+    for text in ("old", "new"):
+        with staged_dir(tmp_path / "run" / "bundle") as stage:
+            (stage / text).write_text(text)
+        assert names(tmp_path / "large") == [text] and names(tmp_path / "run") == ["bundle"]
+    assert (tmp_path / "run" / "bundle").is_symlink()
+    (tmp_path / "run" / ".bundle.999999.old").symlink_to(tmp_path / "large", target_is_directory=True)
+    recover_below(tmp_path / "run")  # of an earlier version
+    assert names(tmp_path / "large") == ["new"] and names(tmp_path / "run") == ["bundle"]
+
+
 def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     with staged_dir(target) as stage:
@@ -87,7 +101,13 @@ def test_what_killed_runs_left_anywhere_is_cleared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "x"), RuntimeError(f"I/O: {os.strerror(errno.ENOSPC)} (28)")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "x"),
+        RuntimeError(f"I/O: {os.strerror(errno.ENOSPC)} (28)"),
+        RuntimeError("Failed to write :1248 bytes to x.onnx_adapter"),  # ONNX Runtime's words
+        RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 704 vs 598"),  # torch's
+    ],
 )
 def test_a_full_disk_is_one_sentence(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(KoffError, match="the disk is full"), staged_dir(tmp_path / "b"):

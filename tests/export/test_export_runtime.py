@@ -157,6 +157,23 @@ def test_mistakes_are_told_in_one_sentence(runtime: Runtime, exported: Exported)
         Runtime.open(exported.folder, "int3")
     with pytest.raises(KoffError, match="outside of 0…299"):
         runtime.score([[1, 300]])
+    for options, told in (({"seed": -1}, "seed -1"), ({"temperature": float("nan")}, "temperature nan")):
+        with pytest.raises(KoffError, match=told):
+            runtime.generate("x", **options)
+    assert runtime.generate("x", temperature=1e-320, seed=0, max_new_tokens=2) is not None
+
+
+def test_a_prompt_is_neither_cut_nor_filled_up(copy: Path) -> None:
+    """A tokenizer is saved with the truncation and padding that it was last called with."""
+    from tokenizers import Tokenizer
+
+    whole = Runtime.open(copy).encode("any court shall hear " * 9)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=12)
+    tokenizer.save(str(copy / "tokenizer.json"))
+    stamped(copy)
+    assert Runtime.open(copy).encode("any court shall hear " * 9) == whole and len(whole) > 12
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(8, 0.01), (4, 1.0)])
