@@ -175,7 +175,7 @@ def test_a_memory_travels_alone(place: Path, bundle: Path, capsys: pytest.Captur
     assert answer.code == 0, answer.err
     assert {p.name: sha256_file(p) for p in law.parent.iterdir()} == before
     again = json.loads((bundle / "koff.json").read_text())
-    assert again["domains"]["law"] == manifest["domains"]["law"]
+    assert again["domains"]["law"] == {**manifest["domains"]["law"], "unpacked": True}
     assert again["files"] == manifest["files"]
 
     changed = {**again, "plan": "0" * 64}
