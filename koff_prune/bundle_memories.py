@@ -36,12 +36,8 @@ from koff_prune.progress import bar, say
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 
-_MORE = (
-    "heldout",
-    "trained",
-    "composed",
-    "unpacked",
-)  # what the manifest tells beyond sizes, where it is known
+# what the manifest tells beyond sizes, where it is known
+_MORE = ("heldout", "trained", "composed", "unpacked")
 
 
 def list_memories(bundle: Path) -> list[dict[str, Any]]:

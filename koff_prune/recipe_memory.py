@@ -33,7 +33,7 @@ class Lora(Section):
     def _one_word(cls, value: str | list[str]) -> str | list[str]:
         if isinstance(value, str) and value != "all-linear":
             raise ValueError("must be all-linear or a list of module names")
-        if unknown := [name for name in value if isinstance(value, list) and name not in TARGETS]:
+        if isinstance(value, list) and (unknown := [name for name in value if name not in TARGETS]):
             raise ValueError(
                 f"knows no {', '.join(unknown)}: name any of {', '.join(TARGETS)}, or all-linear"
             )

@@ -64,10 +64,6 @@ class Point:
         if self.tokens is not None:
             learn = data["learn"]
             whole = learn["tokens"] + learn["settle_tokens"]
-            if not whole:
-                raise KoffError(
-                    "--tokens: divides what learn.tokens and learn.settle_tokens name; both are 0"
-                )
             learn["settle_tokens"] = round(self.tokens * learn["settle_tokens"] / whole)
             learn["tokens"] = self.tokens - learn["settle_tokens"]
         return Recipe.model_validate(data)
