@@ -273,7 +273,7 @@ def _check_length(manifest: Manifest, name: str, kv_tokens: int) -> None:
 def _publish(
     bundle: Path, manifest: Manifest, name: str, source: Path, more: dict[str, Any]
 ) -> dict[str, Any]:
-    """Moves a memory's files into the bundle and enters it; takes it out again where ONNX disagrees."""
+    """Moves a memory's files into the bundle and enters it; one that ONNX disagrees with changes nothing."""
     formats = [f for f, there in (("onnx", manifest.graph), ("gguf", manifest.gguf)) if there]
     told = {**tell_memory(source, name, formats), **more}
     beside: dict[Path, Path] = {}  # files of other formats: where they are written, where they belong
@@ -282,6 +282,13 @@ def _publish(
             aside = source.with_name(f".{name}.onnx_adapter.tmp")
             beside[aside] = bundle / told["adapter"]
             write_onnx_memory(source, aside, manifest.graph.layers)
+            say("checking ONNX against torch")
+            worst = numerics(bundle, (source, aside))["offered"]
+            if not worst <= TOLERANCE:
+                raise KoffError(
+                    f"memory '{name}': ONNX differs from torch by {worst:.2g}, more than {TOLERANCE};"
+                    f" {bundle} is as it was"
+                )
         if manifest.gguf is not None and told["gguf"]:
             aside = source.with_name(f".{name}.gguf.tmp")
             beside[aside] = bundle / told["gguf"]
@@ -300,16 +307,6 @@ def _publish(
         for aside in beside:
             aside.unlink(missing_ok=True)
     set_domain(bundle, name, told)
-    if manifest.graph is not None:
-        say("checking ONNX against torch")
-        worst = numerics(bundle, names=[name])[name]
-        if not worst <= TOLERANCE:
-            set_domain(bundle, name, None)
-            _delete(bundle, name)
-            raise KoffError(
-                f"memory '{name}': ONNX differs from torch by {worst:.2g}, more than {TOLERANCE};"
-                " it was taken out again"
-            )
     return told
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from koff_prune.chat import tokens
 from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
 from koff_prune.formats import tell_memory, write_gguf, write_onnx
+from koff_prune.lock import alone
 from koff_prune.memory import kind_of, load_memory, memory_of_folder
 from koff_prune.merge import merge_memory
 from koff_prune.numerics import TOLERANCE, accuracy, numerics
@@ -48,21 +50,31 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
         The bundle's folder.
 
     Raises:
-        KoffError: It would take the place of a bundle that was given more memories.
+        KoffError: It would take the place of a bundle that was given more memories, or is being given one.
     """
-    recipe = run.recipe
+    export = run.recipe.export
     target = run.folder / ("bundle" if merge is None else f"bundle-{merge}")
     stamp: dict[str, Any] = {
-        "export": recipe.export.model_dump(mode="json"),
+        "export": export.model_dump(mode="json"),
         **({"merge": merge} if merge else {}),
-        **({"graphs": GRAPHS} if "onnx" in recipe.export.formats else {}),
+        **({"graphs": GRAPHS} if "onnx" in export.formats else {}),
     }
-    there: dict[str, Any] = read_json(target / "koff.json") if (target / "koff.json").exists() else {}
-    if there.get("numerics", {}).get("asked") == stamp:
+    if _told(target).get("numerics", {}).get("asked") == stamp:
         return target
+    with alone(target) if target.is_dir() else nullcontext():
+        return _write_bundle(run, target, merge, stamp)
+
+
+def _told(target: Path) -> dict[str, Any]:
+    told: dict[str, Any] = read_json(target / "koff.json") if (target / "koff.json").exists() else {}
+    return told
+
+
+def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, Any]) -> Path:
+    recipe = run.recipe
     added = [
         name
-        for name, told in there.get("domains", {}).items()
+        for name, told in _told(target).get("domains", {}).items()
         if name not in recipe.domains or {"trained", "composed", "unpacked"} & told.keys()
     ]
     added += [place.name.removeprefix(".adding-") for place in target.glob(".adding-*")]

@@ -20,28 +20,37 @@ CHECKED = 24  # tokens of random text that graphs are held against torch on
 SHORT = 256  # tokens of a domain's text that precisions are measured on: its logits must fit in memory
 
 
-def numerics(folder: Path, tokens: int = CHECKED, names: list[str] | None = None) -> dict[str, float]:
+def numerics(folder: Path, offered: tuple[Path, Path] | None = None) -> dict[str, float]:
     """Largest logit difference between torch (float32) and ONNX Runtime, without and with every memory.
 
     Every profile of the graph counts.
 
     Args:
         folder: The bundle.
-        tokens: Of the random text.
-        names: Only these memories.
+        offered: Only a memory that is not in the bundle yet, named "offered": its folder and its
+            `.onnx_adapter`.
     """
     from koff_export.runtime import Runtime
 
     manifest = open_manifest(folder)
     assert manifest.graph is not None
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, min(manifest.graph.vocab_size, 30_000), (1, tokens), generator=generator)
-    graph_names = [] if manifest.merged else list(manifest.domains)
-    asked: list[str | None] = [*names] if names else [None, *graph_names]
-    expected = _torch_logits(folder, ids, {n: manifest.merged or n for n in asked}, list(manifest.domains))
+    ids = torch.randint(3, min(manifest.graph.vocab_size, 30_000), (1, CHECKED), generator=generator)
+    places: dict[str | None, Path | None]
+    if offered is not None:
+        places = {"offered": offered[0]}
+    elif manifest.merged is not None:  # what is left of it, the learned KV, is in the graph
+        places = {
+            None: folder / "memories" / manifest.merged if manifest.merged in manifest.domains else None
+        }
+    else:
+        places = {None: None, **{name: folder / "memories" / name for name in manifest.domains}}
+    expected = _torch_logits(folder, ids, places)
     result = dict.fromkeys(expected, 0.0)
     for profile in manifest.graph.profiles:  # torch is gone by now: one model in memory at a time
         runtime = Runtime.open(folder, verify=False, profile=profile, mapped=True)
+        if offered is not None:
+            runtime.memory("offered", offered[1])
         for name, logits in expected.items():
             found = runtime.logits(ids[0].tolist(), name)
             worst = np.abs(found - logits).max()
@@ -52,12 +61,12 @@ def numerics(folder: Path, tokens: int = CHECKED, names: list[str] | None = None
 
 @torch.no_grad()
 def _torch_logits(
-    folder: Path, ids: torch.Tensor, memories: Mapping[str | None, str | None], there: Sequence[str]
+    folder: Path, ids: torch.Tensor, places: Mapping[str | None, Path | None]
 ) -> dict[str | None, np.ndarray]:
-    """Logits [tokens, vocabulary] of the backbone in float32, by what is asked for, with that's memory."""
+    """Logits [tokens, vocabulary] of the backbone in float32, by name, with the memory in each place."""
     model, result = load_backbone(folder), {}
-    for name, memory in memories.items():
-        attached = attach_memory(model, folder / "memories" / memory) if memory in there and memory else None
+    for name, place in places.items():
+        attached = attach_memory(model, place) if place is not None else None
         with _in_float32(model):
             result[name] = model(input_ids=ids, use_cache=False).logits[0].float().numpy()
         if attached is not None:

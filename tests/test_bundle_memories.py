@@ -21,6 +21,7 @@ from koff_export.files import sha256_file
 from koff_export.runtime import Runtime
 from koff_prune import load_bundle
 from koff_prune.learn import LearnTrainer
+from koff_prune.lock import alone
 from koff_prune.packing import PACKED
 
 KEYS = ("learn.window=16", "learn.batch=2", "learn.checkpoint_steps=4", "learn.rates.lora=0.05",
@@ -162,6 +163,20 @@ def test_a_replacement_that_fails_leaves_the_old_one(
         assert not [p for p in bundle.rglob(".*") if p.name != ".lock"]
 
 
+def test_a_replacement_that_onnx_disagrees_with_leaves_the_old_one(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import koff_prune.bundle_memories as target
+
+    before = {p: sha256_file(p) for p in bundle.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    monkeypatch.setattr(target, "TOLERANCE", -1.0)  # no difference is small enough
+    answer = koff_prune(capsys, "memory", "compose", bundle, "--name", "law", "--of", "law+code", "--replace")
+    assert answer.code == 2 and "ONNX differs from torch" in answer.err and "as it was" in answer.err
+    found = {p: sha256_file(p) for p in bundle.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    assert found == before
+    assert not [p for p in bundle.rglob(".*") if p.name != ".lock"]
+
+
 def test_a_memory_travels_alone(place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Packed, taken out, unpacked: the same bytes. A bundle of another plan refuses it."""
     file, law = bundle.with_name("law.koffmem"), bundle / "memories/law/kv.safetensors"
@@ -273,6 +288,10 @@ def test_an_export_does_not_throw_added_memories_away(
     packed = tmp_path / "both.koffmem"
     assert koff_prune(capsys, "memory", "pack", run / "bundle", "both", "-o", packed).code == 0
     assert koff_prune(capsys, "memory", "remove", run / "bundle", "both").code == 0
+    with alone(run / "bundle"):  # as a memory that is being added holds it
+        assert koff_prune(capsys, *again).code == 0, "nothing to write"
+        refused = koff_prune(capsys, *more)
+    assert refused.code == 2 and "another koff-prune is at work" in refused.err
     assert koff_prune(capsys, *more).code == 0
     assert koff_prune(capsys, "memory", "unpack", packed, run / "bundle").code == 0
     assert Runtime.open(run / "bundle", precision="int8").memories == ["law", "code", "both"]

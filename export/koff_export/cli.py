@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from koff_export.router import AUTO, BARE, route
 if TYPE_CHECKING:
     from koff_export.cached import CachedText
     from koff_export.runtime import Runtime
+    from koff_export.text import ChatTemplate
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -198,18 +200,31 @@ class _Session:
         print(f"memory: {choice.memory or BARE}", file=sys.stderr)
         return choice.memory
 
+    def _conversation(self, template: ChatTemplate, memory: str | None) -> str:
+        """The conversation as the model reads it; the oldest turns go where an answer would have no room."""
+        if memory is not None:
+            self.runtime.memory(memory)
+        wanted = min(self.args.max_new_tokens, (self.runtime.manifest.context or sys.maxsize) // 4)
+        while True:
+            prompt = template.render(self.messages)
+            room = self.runtime.room(self.runtime.encode(prompt), memory, wanted)
+            if room == wanted or len(self.messages) < 3:
+                return prompt
+            del self.messages[:2]
+            print("the conversation is full: its oldest turn is forgotten", file=sys.stderr)
+
     def answer(self, prompt: str) -> None:
         args = self.args
         memory = self._memory(prompt)
-        if self.template is not None:
-            self.messages.append({"role": "user", "content": prompt})
-            prompt = self.template.render(self.messages)
-            from koff_export.cached import CachedText
-
-            if self.text is None or self.text.memory != memory:
-                self.text = CachedText(self.runtime, memory)
         said = ""
         try:
+            if self.template is not None:
+                from koff_export.cached import CachedText
+
+                self.messages.append({"role": "user", "content": prompt})
+                prompt = self._conversation(self.template, memory)
+                if self.text is None or self.text.memory != memory:
+                    self.text = CachedText(self.runtime, memory)
             pieces = self.runtime.generate(
                 prompt,
                 memory,
@@ -290,10 +305,15 @@ def _run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `koff-run`; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have all of the answer's characters
     try:
         _run(args)
     except KoffError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UnicodeDecodeError:
+        print("error: the standard input is not UTF-8 text: convert it", file=sys.stderr)
         return 2
     except MemoryError:
         print(

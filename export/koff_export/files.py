@@ -135,16 +135,27 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 64 << 20) -> Any:
         ) from error
 
 
+def inside(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
+    """Whether `path`, after symlinks, is below `root` or is a blob of the hub's repository that `root` is in.
+
+    The hub's cache keeps a repository as `snapshots/<revision>/`, all links, and `blobs/` beside it.
+    """
+    base, target = Path(root).resolve(), Path(path).resolve()
+    homes = [
+        folder.parents[1] / "blobs" for folder in (base, *base.parents) if folder.parent.name == "snapshots"
+    ]
+    return any(target.is_relative_to(home) for home in (base, *homes))
+
+
 def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
-    """`root`/`relative`, where `relative` is a POSIX path that must stay below `root`, also after symlinks.
+    """`root`/`relative`, where `relative` is a POSIX path that must stay `inside` `root`.
 
     Raises:
         KoffError: `relative` is absolute, climbs with "..", or leads out of `root` through a symlink.
     """
     parts = PurePosixPath(relative).parts
     hostile = not parts or relative.startswith("/") or ".." in parts or "\\" in relative or "\0" in relative
-    base = Path(root).resolve()
-    if hostile or ":" in parts[0] or not (base / relative).resolve().is_relative_to(base):
+    if hostile or ":" in parts[0] or not inside(root, Path(root) / relative):
         raise KoffError(
             f"the path {relative!r} leads out of {os.fspath(root)}: this folder is damaged or hostile"
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from koff_export.errors import KoffError
-from koff_export.files import safe_join
+from koff_export.files import inside, safe_join
 
 # What ONNX Runtime implements itself. Any other domain would need a library of custom operators.
 DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
@@ -90,7 +90,7 @@ class _Checker:
             return
         # ONNX resolves locations beside the graph; the file must also stay inside the bundle.
         file = safe_join(self.path.parent, entries.get("location", ""))
-        if not file.resolve().is_relative_to(self.root.resolve()):
+        if not inside(self.root, file):
             raise KoffError(f"{self.path} reads {file}, outside of the bundle: it is damaged or hostile")
         if file not in self.external and not file.is_file():
             raise KoffError(f"{self.path} needs {file.name}, which is missing: fetch the bundle again")

@@ -105,17 +105,31 @@ class Runtime:
         )
         return listed + sorted(set(added) - set(listed))
 
-    def memory(self, name: str) -> None:
+    def memory(self, name: str, file: str | os.PathLike[str] | None = None) -> None:
         """Loads a memory now, so that its first use does not wait for the disk.
 
         Its file stays mapped until `evict` (or read, for a cache in place): replace it by renaming a new one
         over it, as `koff-prune memory` does, never by writing into it.
 
+        Args:
+            name: The memory's name.
+            file: An `.onnx_adapter` from elsewhere, which goes by this name until `evict`.
+
         Raises:
             KoffError: no such memory, or its file is damaged or belongs to another backbone.
         """
-        if name in self._adapters:
-            return
+        if file is not None:
+            self._adapters[name] = self._open(Path(file), name)
+        elif name not in self._adapters:
+            self._adapters[name] = self._own(name)
+        self._kv_tokens[name] = self._adapters[name].kv_tokens
+
+    def _open(self, path: Path, name: str) -> Adapter:
+        slots = self._slots if self.manifest.merged else {**self._slots, **self._kv_slots}
+        return open_adapter(path, name, slots, self.profile == "in_place")
+
+    def _own(self, name: str) -> Adapter:
+        """A memory of the bundle, as the manifest names it now."""
         self._reread()
         known = self.memories
         if name not in known:
@@ -125,12 +139,10 @@ class Runtime:
         path = safe_join(self.folder, relative)
         if relative in self.manifest.files or domain is not None:
             check_file(self.folder, self.manifest, relative, hashes=self._verify)
-        slots = self._slots if self.manifest.merged else {**self._slots, **self._kv_slots}
-        adapter = open_adapter(path, name, slots, self.profile == "in_place")
+        adapter = self._open(path, name)
         if domain is not None and adapter.kv_tokens != domain.kv_tokens:
             raise KoffError(f"the memory {name!r} is not as koff.json says: fetch it again")
-        self._kv_tokens[name] = adapter.kv_tokens
-        self._adapters[name] = adapter
+        return adapter
 
     def _reread(self) -> None:
         """Takes over the memories that the manifest names now: they come and go around one backbone."""
@@ -216,7 +228,13 @@ class Runtime:
         return self._tokenizer
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Tokens of `text`, led by the manifest's `bos` if it has one, and no other special tokens."""
+        """Tokens of `text`, led by the manifest's `bos` if it has one, and no other special tokens.
+
+        Raises:
+            KoffError: `text` holds halves of characters, as bytes that are no UTF-8 become.
+        """
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise KoffError("the text is not valid UTF-8: convert it")
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         # A chat template may have written the token already.
         if bos and self.manifest.bos is not None and ids[:1] != [self.manifest.bos]:
@@ -280,31 +298,23 @@ class Runtime:
         """
         check_sampling(temperature, top_k, top_p, max_new_tokens, seed)
         self.check_tokens(ids, memory)
-        text = text or CachedText(self, memory)
-        if text.runtime is not self or text.memory != memory:
-            raise KoffError(f"text: was read with {text.memory or 'no memory'}; give one that memory read")
+        cached = text or CachedText(self, memory)
+        if cached.runtime is not self or cached.memory != memory:
+            raise KoffError(f"text: was read with {cached.memory or 'no memory'}; give one that memory read")
         room, random = self.room(ids, memory, max_new_tokens), np.random.default_rng(seed)
-        return self._generate(text, ids, room, temperature, top_k, top_p, random)
 
-    def _generate(
-        self,
-        text: CachedText,
-        ids: Sequence[int],
-        room: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        random: np.random.Generator,
-    ) -> Iterator[int]:
-        pending = text.turn_to(ids)
-        for _ in range(room):
-            for at in range(0, len(pending), _CHUNK):
-                logits = text.read(pending[at : at + _CHUNK])
-            token = pick(logits[-1], temperature, top_k, top_p, random)
-            if token in self.manifest.eos:
-                return
-            yield token
-            pending = [token]
+        def answer() -> Iterator[int]:
+            pending = cached.turn_to(ids)
+            for _ in range(room):
+                for at in range(0, len(pending), _CHUNK):
+                    logits = cached.read(pending[at : at + _CHUNK])
+                token = pick(logits[-1], temperature, top_k, top_p, random)
+                if token in self.manifest.eos:
+                    return
+                yield token
+                pending = [token]
+
+        return answer()
 
     def kv_tokens(self, memory: str | None) -> int:
         """Length of the learned KV of a loaded `memory`, or of the bare graph."""

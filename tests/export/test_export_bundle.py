@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -166,13 +167,21 @@ sys.path.insert(0, sys.argv.pop(1))
 """
 
 
-def run(code: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, *args: str, stdin: str | bytes = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", BLOCKER + code, EXPORT, *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+    data = stdin if isinstance(stdin, bytes) else stdin.encode()
+    done = subprocess.run(
+        command, input=data, capture_output=True, timeout=60, env={**os.environ, **(env or {})}
+    )
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def koff_run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return run("from koff_export.cli import main; sys.exit(main())", *args, stdin=stdin)
+def koff_run(
+    *args: str, stdin: str | bytes = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return run("from koff_export.cli import main; sys.exit(main())", *args, stdin=stdin, env=env)
 
 
 def test_everything_but_the_export_imports_without_torch(exported: Exported) -> None:
@@ -199,6 +208,39 @@ def test_koff_run_answers_and_switches_memories(exported: Exported) -> None:
     done = koff_run(folder, *few, stdin="/memory law\nhi\n/memory music\nhi\n/memory none\nhi\n")
     assert done.stdout == "".join(alone[name] + "\n" for name in ("law", "music", "none")), done.stderr
     assert koff_run(folder, "--chat", "--prompt", "hi", *few).returncode == 0
+
+
+def test_a_full_conversation_forgets_its_oldest_turns(exported: Exported) -> None:
+    """Positions: 128, of which the memory takes 7."""
+    lines = [f"what comes after {n}?" for n in range(12)]
+    chat = ("--memory", "law", "--chat", "--max-new-tokens", "6", "--threads", "1")
+    done = koff_run(str(exported.folder), *chat, stdin="\n".join(lines))
+    assert done.returncode == 0 and "forgotten" in done.stderr, done.stderr
+    runtime = Runtime.open(exported.folder, threads=1)
+    template, said, answers = runtime.chat_template(), [], []
+    for line in lines:
+        said.append({"role": "user", "content": line})
+        while runtime.room(runtime.encode(template.render(said)), runtime.memory("law") or "law", 6) < 6:
+            del said[:2]
+        answers.append("".join(runtime.generate(template.render(said), "law", 6)))
+        said.append({"role": "assistant", "content": answers[-1]})
+    assert done.stdout == "".join(answer + "\n" for answer in answers)
+
+
+def test_what_is_no_text_is_told(exported: Exported, tmp_path: Path) -> None:
+    folder, few = str(exported.folder), ("--max-new-tokens", "4", "--threads", "1")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    for args, stdin, env in (
+        ((), b"caf\xe9\n", {"PYTHONIOENCODING": "utf-8:strict"}),
+        ((), b"caf\xe9\n", {"PYTHONIOENCODING": "utf-8:surrogateescape"}),  # as under LANG=C
+        (("--batch", str(tmp_path / "b.jsonl")), b"", {}),
+    ):
+        done = koff_run(folder, *few, *args, stdin=stdin, env=env)
+        assert done.returncode == 2 and "UTF-8" in done.stderr, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    ascii_only = {"PYTHONIOENCODING": "ascii:strict"}
+    done = koff_run(folder, "--prompt", "hi", "--max-new-tokens", "20", "--threads", "1", env=ascii_only)
+    assert done.returncode == 0, done.stderr
 
 
 def test_koff_run_answers_a_file(exported: Exported, tmp_path: Path) -> None:
@@ -259,3 +301,35 @@ def test_two_wheels_in_one_environment_are_refused(
     monkeypatch.setattr(metadata, "distribution", lambda name: None)
     assert main(["bundle", "--prompt", "x"]) == 2
     assert "both installed" in capsys.readouterr().err
+
+
+def hub_snapshot(bundle: Path, cache: Path) -> Path:
+    """The bundle as huggingface_hub's cache holds a repository: links into a folder of blobs beside it."""
+    repository = cache / "models--someone--slim"
+    snapshot = repository / "snapshots" / "0123abcd"
+    (repository / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(p for p in bundle.rglob("*") if p.is_file())):
+        link = snapshot / path.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(repository / "blobs" / str(number))
+        link.symlink_to(os.path.relpath(repository / "blobs" / str(number), link.parent))
+    return snapshot
+
+
+def test_a_snapshot_in_the_hubs_cache_opens(exported: Exported, copy: Path, tmp_path: Path) -> None:
+    snapshot = hub_snapshot(copy, tmp_path / "hub")
+    check_files(snapshot, open_manifest(snapshot))
+    prompt = "the court"
+    expected = Runtime.open(exported.folder).generate(prompt, memory="law", max_new_tokens=4)
+    assert list(Runtime.open(snapshot).generate(prompt, memory="law", max_new_tokens=4)) == list(expected)
+
+
+def test_links_of_a_snapshot_may_lead_to_its_own_blobs_alone(copy: Path, tmp_path: Path) -> None:
+    snapshot = hub_snapshot(copy, tmp_path / "hub")
+    other = tmp_path / "hub" / "models--someone--else" / "blobs"
+    other.mkdir(parents=True)
+    (snapshot / "tokenizer.json").resolve().rename(other / "secret")
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to(other / "secret")
+    with pytest.raises(KoffError, match="leads out of"):
+        check_files(snapshot, open_manifest(snapshot))
