@@ -22,8 +22,8 @@ from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
 from koff_prune.formats import tell_memory, write_gguf, write_onnx
 from koff_prune.lock import alone
-from koff_prune.memory import kind_of, load_memory, memory_of_folder
-from koff_prune.merge import merge_memory
+from koff_prune.memory import RECOVERY, kind_of, load_memory, memory_of_folder, save_memory
+from koff_prune.merge import folding
 from koff_prune.numerics import TOLERANCE, accuracy, numerics
 from koff_prune.plan import Plan
 from koff_prune.progress import say
@@ -91,14 +91,20 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         for file in backbone.iterdir():
             if file.name not in weights:
                 shutil.copy2(file, aside / file.name)
-        copy_weights(backbone, aside, recipe.export.shard_bytes)
+        folded = [RECOVERY] if recipe.cut.recover is not None else []
+        folded += [merge] if merge is not None else []
+        fold = folding([run.folder / "memories" / name for name in folded])
+        copy_weights(backbone, aside, recipe.export.shard_bytes, fold)
         shutil.copy2(run.folder / "plan.json", aside / "plan.json")
         if merge is None:
             for name in domains:
                 shutil.copytree(run.folder / "memories" / name, aside / "memories" / name)
         else:
-            merge_memory(run.folder / "memories" / merge, aside, merge, recipe.export.shard_bytes)
-            domains = [merge] if (aside / "memories" / merge).exists() else []
+            place = run.folder / "memories" / merge
+            section, tensors = memory_of_folder(place), load_memory(place)
+            domains = [merge] if section.kv is not None else []
+            for name in domains:  # what is left beside the weights: the learned KV
+                save_memory(aside / "memories" / name, {"kv": tensors["kv"]}, section.only("kv"), "")
         formats = recipe.export.formats if merge is None else []
         told = {name: tell_memory(aside / "memories" / name, name, formats) for name in domains}
         tokenizer, config = run.dense.tokenizer, run.dense.config
@@ -245,7 +251,8 @@ def _card(run: Run, plan: Plan, domains: dict[str, Any]) -> str:
         "---", "library_name: koff-prune", f"base_model: {run.model_identity['source']}", "---", "",
         f"# {run.model_identity['source']}, {plan.realised:.1%} removed", "",
         f"A backbone of {plan.parameters['slim']:,} parameters (dense: {plan.parameters['dense']:,}) cut by"
-        f" koff-prune (KOFF, arXiv 2605.29075), with {len(domains)} memories beside it.", "",
+        f" koff-prune (KOFF, arXiv 2605.29075), with {len(domains)} memories beside it."
+        + (" What all domains recovered together is part of it." if run.recipe.cut.recover else ""), "",
         "| memory | parameters | LoRA rank | KV tokens |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     lines += [

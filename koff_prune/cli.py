@@ -55,7 +55,7 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", sho
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory [default: runs/<recipe's name>].")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run of the same recipe.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set learn.tokens=100000.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor cores for torch.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="Processor cores for torch.")]
 Device = Annotated[str | None, typer.Option("--device", help=DEVICE_HELP)]
 Shard = Annotated[bool, typer.Option("--shard", help="Several processes: share out the frozen model.")]
 

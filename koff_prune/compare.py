@@ -51,6 +51,8 @@ def compare(run: Run) -> list[dict[str, Any]]:
         if arm.method == "koff":
             learn_arm(run, arm, place)
         rows.append(_row(run, arm, place, attached=attached))
+        if arm.method == "dense" and run.recipe.cut.recover is not None:  # what `offloaded` begins from
+            rows.append(_row(run, arm, place, attached=False))
     with ranks.turn():
         if not ranks.rank():
             _write(run, rows)

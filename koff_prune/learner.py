@@ -128,7 +128,7 @@ class Learner(nn.Module):
     def trained(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint must hold, by name, detached."""
         state = {}
-        for name in self.memories.domains:
+        for name in self.memories.names:
             for part, tensors in self.memories.tensors(name).items():
                 state.update({f"{name}/{part}/{k}": v for k, v in tensors.items()})
         if self.gates is not None:
@@ -137,7 +137,7 @@ class Learner(nn.Module):
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """The reverse of `trained`, in place, so that the optimizer keeps its parameters."""
-        for name in self.memories.domains:
+        for name in self.memories.names:
             mine = {k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")}
             parts: dict[str, dict[str, torch.Tensor]] = {}
             for key, tensor in mine.items():

@@ -23,8 +23,11 @@ from koff_export.attention import set_attention
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, read_json
 from koff_prune.device import device_of
-from koff_prune.recipe import Memory, MemoryKind
+from koff_prune.recipe import Lora, Memory, MemoryKind
 from koff_prune.units import decoder_layers
+
+# Where a domain's name may stand: the LoRA that all domains share. No domain may be called so.
+RECOVERY = "_recovery"
 
 
 class KvMemory(nn.Module):
@@ -97,6 +100,7 @@ class Memories:
         memory: Which parts, and their sizes.
         prefills: Per domain, the tokens [P] that its cache starts from.
         seed: Of LoRA's random half, the same for every domain's same-named module.
+        recover: A LoRA that stays attached whichever memory is, and without one: it is the backbone's.
 
     Attributes:
         model: The PEFT model, or the plain one without LoRA.
@@ -104,9 +108,14 @@ class Memories:
     """
 
     def __init__(
-        self, model: PreTrainedModel, memory: Memory, prefills: Mapping[str, torch.Tensor], seed: int
+        self,
+        model: PreTrainedModel,
+        memory: Memory,
+        prefills: Mapping[str, torch.Tensor],
+        seed: int,
+        recover: Lora | None = None,
     ) -> None:
-        self.memory, self.domains = memory, list(prefills)
+        self.memory, self.domains, self.recover = memory, list(prefills), recover
         self.base = model
         self.kv: dict[str, KvMemory] = {}
         self.active: str | None = None
@@ -118,15 +127,25 @@ class Memories:
                 self.kv[name] = KvMemory(prefill(model, ids))
         self.model: Any = model
         self.lora_layers: list[LoraLayer] = []
-        if memory.lora is not None:
+        loras = [(_adapter(name), lora) for name in self.names if (lora := self.section(name).lora)]
+        if loras:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                config = lora_config(memory)
-                self.model = get_peft_model(model, config, adapter_name=_adapter(self.domains[0]))
-                for name in self.domains[1:]:
-                    self.model.add_adapter(_adapter(name), config)
+                name, lora = loras[0]
+                self.model = get_peft_model(model, lora_config(lora), adapter_name=name)
+                for name, lora in loras[1:]:
+                    self.model.add_adapter(name, lora_config(lora))
             self._collect()
         self.activate(None)
+
+    @property
+    def names(self) -> list[str]:
+        """Whatever has tensors here: every domain, and RECOVERY where there is one."""
+        return [*self.domains, RECOVERY] if self.recover is not None else self.domains
+
+    def section(self, name: str) -> Memory:
+        """The recipe section of one of `names`."""
+        return Memory(lora=self.recover, kv=None) if name == RECOVERY else self.memory
 
     def _collect(self) -> None:
         self.lora_layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
@@ -165,11 +184,14 @@ class Memories:
         return args, {**kwargs, "position_ids": positions + self.tokens}
 
     def activate(self, domain: str | None) -> None:
-        """Attaches one domain's memory, or takes all off (None)."""
-        for layer in self.lora_layers:
-            if domain is not None:
-                layer.set_adapter(_adapter(domain))
-            layer.enable_adapters(domain is not None)
+        """Attaches one domain's memory, or takes all off (None); what is recovered stays."""
+        wanted = [domain] if domain is not None else []
+        wanted += [RECOVERY] if self.recover is not None else []
+        for layer in self.lora_layers:  # each has the adapters whose target it is
+            mine = [_adapter(name) for name in wanted if _adapter(name) in layer.lora_A]
+            if mine:
+                layer.set_adapter(mine)
+            layer.enable_adapters(bool(mine))
         for p in self.lora_parameters():  # PEFT freezes whatever it switches off
             p.requires_grad_(True)
         kv = self.kv.get(domain) if domain is not None else None
@@ -179,16 +201,18 @@ class Memories:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """No memory for the length of a block."""
-        before = self.active
+        """The model alone, without memory and recovery, for the length of a block."""
+        before, recover = self.active, self.recover
+        self.recover = None
         self.activate(None)
         try:
             yield
         finally:
+            self.recover = recover
             self.activate(before)
 
     def lora_parameters(self) -> list[nn.Parameter]:
-        """Every domain's LoRA."""
+        """Every domain's LoRA, and the one that they share."""
         return [
             p
             for layer in self.lora_layers
@@ -212,9 +236,9 @@ class Memories:
         return sum(t.numel() for part in tensors.values() for t in part.values())
 
     def tensors(self, domain: str) -> dict[str, dict[str, torch.Tensor]]:
-        """`lora` and `kv` tensors of one domain by their file names, detached."""
+        """`lora` and `kv` tensors of one domain, or of RECOVERY, by their file names, detached."""
         result: dict[str, dict[str, torch.Tensor]] = {}
-        if self.memory.lora is not None:
+        if self.section(domain).lora is not None:
             state = get_peft_model_state_dict(
                 self.model, adapter_name=_adapter(domain), save_embedding_layers=False
             )
@@ -224,12 +248,12 @@ class Memories:
         return result
 
     def load(self, domain: str, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Overwrites one domain's memory with `tensors`, of the same shapes.
+        """Overwrites one domain's memory, or RECOVERY, with `tensors`, of the same shapes.
 
         Raises:
             KoffError: A tensor is missing or of another shape.
         """
-        if self.memory.lora is not None:
+        if self.section(domain).lora is not None:
             have = get_peft_model_state_dict(
                 self.model, adapter_name=_adapter(domain), save_embedding_layers=False
             )
@@ -254,13 +278,12 @@ def _adapter(domain: str) -> str:
     return "koff:" + domain.replace(".", ":")
 
 
-def lora_config(memory: Memory) -> LoraConfig:
+def lora_config(lora: Lora) -> LoraConfig:
     """PEFT's config for the recipe's LoRA."""
-    assert memory.lora is not None
     return LoraConfig(
-        r=memory.lora.rank,
-        lora_alpha=memory.lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
-        target_modules=memory.lora.target,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+        target_modules=lora.target,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -295,7 +318,8 @@ def save_memory(
                 metadata={"format": "pt"},
             )
     if "lora" in tensors:
-        config = lora_config(memory)
+        assert memory.lora is not None
+        config = lora_config(memory.lora)
         config.base_model_name_or_path = base
         config.inference_mode = True
         # the names that PEFT resolved all-linear to, so that the folder means the same on any later version
@@ -325,7 +349,7 @@ def memory_of_folder(folder: Path) -> Memory:
     Raises:
         KoffError: Damaged files.
     """
-    from koff_prune.recipe import Kv, Lora
+    from koff_prune.recipe import Kv
 
     lora = kv = None
     file = folder / "adapter_config.json"

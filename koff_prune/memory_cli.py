@@ -37,7 +37,9 @@ def add(
         list[str] | None, typer.Option("--set", help="Override a recipe key: --set memory.lora.rank=4.")
     ] = None,
     replace: Replace = False,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, max=1024, help="Processor cores.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, … [default: a GPU].")] = None,
 ) -> None:
     """Train one more memory on the bundle's backbone, which stays as it is. Goes on where it was stopped."""

@@ -1,35 +1,34 @@
-"""One domain's memory made part of the backbone: nothing to attach, nothing to pay at run time."""
+"""LoRA made part of the backbone: nothing to attach, nothing to pay at run time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from koff_prune.cut import load_backbone, save_backbone
+import torch
+
 from koff_prune.formats import lora_slots
-from koff_prune.memory import load_memory, memory_of_folder, save_memory
-from koff_prune.weights import INDEX, SHARD_BYTES, Weights
+from koff_prune.memory import load_memory, memory_of_folder
 
 
-def merge_memory(memory: Path, bundle: Path, name: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Adds a saved memory's LoRA to the backbone in `bundle`; its learned KV, if any, goes beside it.
+def folding(folders: Sequence[Path]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """A function from a backbone's tensor and its name to the same with the LoRA of saved memories in it.
 
-    W + alpha / r * B A is summed in float32 and rounded to the backbone's dtype once.
+    W + alpha / r * B A is summed in float32, over the memories, and comes out so.
 
     Args:
-        memory: The memory's folder, outside of the bundle.
-        bundle: Holds the backbone; gets memories/`name` with the KV alone.
-        name: The domain.
-        shard_bytes: See `write_weights`.
+        folders: The memories'; those without LoRA change nothing.
     """
-    section, tensors = memory_of_folder(memory), load_memory(memory)
-    if section.lora is not None:
-        model, scale = load_backbone(bundle), section.lora.alpha / section.lora.rank
-        for module, (a, b) in lora_slots(tensors["lora"]).items():
-            weight: Any = model.get_submodule(module).weight
-            weight.data = (weight.data.float() + scale * (b.float() @ a.float())).to(weight.dtype)
-        for file in (*Weights.open(bundle).files, bundle / INDEX):
-            file.unlink(missing_ok=True)  # the loaded tensors live in the old files' pages
-        save_backbone(model, bundle, shard_bytes)
-    if section.kv is not None:
-        save_memory(bundle / "memories" / name, {"kv": tensors["kv"]}, section.only("kv"), "")
+    updates: dict[str, list[tuple[float, torch.Tensor, torch.Tensor]]] = {}
+    for folder in folders:
+        lora = memory_of_folder(folder).lora
+        if lora is not None:
+            for module, (a, b) in lora_slots(load_memory(folder)["lora"]).items():
+                updates.setdefault(f"{module}.weight", []).append((lora.alpha / lora.rank, a, b))
+
+    def fold(name: str, weight: torch.Tensor) -> torch.Tensor:
+        for scale, a, b in updates.get(name, ()):
+            weight = weight.float() + scale * (b.float() @ a.float())
+        return weight
+
+    return fold

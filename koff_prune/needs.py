@@ -7,7 +7,7 @@ from typing import Any
 
 from koff_prune.architecture import Units, config_of, native_dtype, units_of_config
 from koff_prune.plan import Plan, even_plan
-from koff_prune.recipe import Recipe
+from koff_prune.recipe import Lora, Recipe
 
 NOT_BOTH = "learn.base: {} cannot be shared out too; leave --shard away, or set full"
 LOGITS = 512  # tokens whose logits exist at one time (`loss.CHUNK`)
@@ -89,6 +89,10 @@ def needs(
         ("logits", f"{min(tokens, LOGITS)} tokens x {vocabulary:,} words x 12 bytes",
          min(tokens, LOGITS) * vocabulary * 12),
     ]  # fmt: skip
+    shared = lora_parameters(recipe.cut.recover, units, plan)
+    if shared:
+        parts.insert(2, ("recovery", f"{shared:,} parameters x {TRAINED} bytes", shared * TRAINED))
+    memory += shared  # as far as work goes: both are multiplied with every token
     passes = 4 + 2 * learn.gradient_checkpointing + 2 * (learn.loss.kl > 0)
     attention = layers * learn.window * first.kv_groups * first.queries * first.head_dim
     work = units.block_parameters + vocabulary * hidden + attention
@@ -123,9 +127,17 @@ def _dense(units: Units, each: int, nf4: bool, shares: int) -> tuple[str, int]:
 
 
 def memory_parameters(recipe: Recipe, units: Units, plan: Plan) -> int:
-    """Parameters of one domain's memory around the backbone, all linear layers as LoRA targets."""
+    """Parameters of one domain's memory around the backbone."""
+    kv, head = recipe.memory.kv, units.layers[0].head_dim
+    cache = 2 * sum(plan.widths_of("kv_groups")) * kv.tokens * head if kv is not None else 0
+    return lora_parameters(recipe.memory.lora, units, plan) + cache
+
+
+def lora_parameters(lora: Lora | None, units: Units, plan: Plan) -> int:
+    """Parameters of one LoRA around the backbone."""
+    if lora is None:
+        return 0
     hidden, head, queries = units.hidden_size, units.layers[0].head_dim, units.layers[0].queries
-    lora, kv = recipe.memory.lora, recipe.memory.kv
     total = 0
     for neurons, groups in zip(plan.widths_of("ffn_neurons"), plan.widths_of("kv_groups"), strict=True):
         widths = {
@@ -133,9 +145,6 @@ def memory_parameters(recipe: Recipe, units: Units, plan: Plan) -> int:
             "v_proj": hidden + groups * head, "o_proj": hidden + groups * queries * head,
             "gate_proj": hidden + neurons, "up_proj": hidden + neurons, "down_proj": hidden + neurons,
         }  # fmt: skip
-        if lora is not None:
-            names = list(widths) if lora.target == "all-linear" else lora.target
-            total += lora.rank * sum(widths.get(name, 0) for name in names)
-        if kv is not None:
-            total += 2 * groups * kv.tokens * head
+        names = list(widths) if lora.target == "all-linear" else lora.target
+        total += lora.rank * sum(widths.get(name, 0) for name in names)
     return total

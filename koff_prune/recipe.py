@@ -28,7 +28,7 @@ from koff_prune.recipe_learn import Form, Learn, Start
 from koff_prune.recipe_learn import Gates as Gates
 from koff_prune.recipe_memory import Kv as Kv
 from koff_prune.recipe_memory import Lora as Lora
-from koff_prune.recipe_memory import Memory, MemoryKind, parts_of
+from koff_prune.recipe_memory import Memory, MemoryKind, none_in_words, parts_of
 from koff_prune.templates import parse
 
 BASELINES = ("magnitude", "wanda", "taylor", "fisher", "random")
@@ -198,6 +198,12 @@ class Cut(Section):
         default="least_squares", description="none: the backbone is a byte-exact slice of the dense model."
     )
     ridge: Float = Field(default=0.01, gt=0, le=1, description="Ridge, as a share of the median diagonal.")
+    recover: Lora | None = Field(
+        default=None,
+        description="A LoRA that every domain trains beside its memory, folded into the backbone; or none.",
+    )
+
+    _none = field_validator("recover", mode="before")(none_in_words)
 
 
 class Scoring(Section):
@@ -347,6 +353,8 @@ class Recipe(Section):
     def _whole_recipe(self) -> Recipe:
         if self.memory.kind == "none" and self.learn.settle_tokens:
             raise ValueError("learn.settle_tokens trains memories: set it to 0 or give a memory")
+        if self.memory.kind == "none" and self.cut.recover:
+            raise ValueError("cut.recover is trained beside memories: set it to none or give a memory")
         for n, row in enumerate(self.compare):
             if row.method == "koff":
                 self.learn.gates.of_row(row)

@@ -19,6 +19,11 @@ def parts_of(kind: str) -> set[str]:
     return set(kind.split("+")) - {"none"}
 
 
+def none_in_words(value: Any) -> Any:
+    """`none` in a recipe is no section."""
+    return None if value == "none" else value
+
+
 class Lora(Section):
     """A low-rank adapter on linear layers."""
 
@@ -55,10 +60,7 @@ class Memory(Section):
     lora: Lora | None = Field(default=Lora(), description="Low-rank adapter, or none.")
     kv: Kv | None = Field(default=Kv(), description="Learned cache, or none.")
 
-    @field_validator("lora", "kv", mode="before")
-    @classmethod
-    def _none_in_words(cls, value: Any) -> Any:
-        return None if value == "none" else value
+    _none = field_validator("lora", "kv", mode="before")(none_in_words)
 
     @property
     def kind(self) -> MemoryKind:

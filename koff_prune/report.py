@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from koff_export.files import disk_errors, write_json, write_text
 from koff_prune.figures import kept_widths, learning_curve, number, perplexity_bars
 from koff_prune.pages import finite, render
-from koff_prune.verdict import Row, Verdict, cast, judge, row_label, row_labels
+from koff_prune.verdict import Row, Verdict, cast, is_dense, judge, row_label, row_labels
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,8 +134,8 @@ def _figures(
         value = row["perplexity"]["gmean"]
         if not math.isfinite(value):
             continue
-        if row["method"] == "dense" and (row["memory"] == "none" or row is parts.ceiling):
-            lines["dense" if row["memory"] == "none" else "ceiling"] = value
+        if is_dense(row) or row is parts.ceiling:
+            lines["dense" if is_dense(row) else "ceiling"] = value
         else:
             ours = "koff" if row is parts.koff else "variant"
             bars.append((label, value, ours if row["method"] == "koff" else "baseline"))
@@ -152,9 +152,7 @@ def _figures(
 
 def _cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every row as text, for the page and the terminal alike."""
-    dense = next(
-        (r["perplexity"]["gmean"] for r in rows if r["method"] == "dense" and r["memory"] == "none"), None
-    )
+    dense = next((r["perplexity"]["gmean"] for r in rows if is_dense(r)), None)
     main = cast(rows).koff
     names = _domains(rows)
     cells = []
@@ -162,7 +160,7 @@ def _cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
         gmean = row["perplexity"]["gmean"]
         realised = row["sparsity"].get("realised")
         memory = row["parameters"].get("memory") or 0 if row["memory"] != "none" else 0
-        plain = row["method"] == "dense" and row["memory"] == "none"
+        plain = is_dense(row)
         cells.append(
             {
                 "label": label,

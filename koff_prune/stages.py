@@ -94,7 +94,7 @@ def better_ranking(run: Run, method: str, compensate: str) -> str:
 
 
 def memories_around(run: Run, model: Any, arm: Arm, kind: MemoryKind) -> Memories:
-    """Untrained memories of the named kind for every domain of the recipe."""
+    """Untrained memories of the named kind for every domain of the recipe, and what they recover together."""
     memory = arm.memory(run.recipe, kind)
     count = memory.kv.tokens if memory.kv else 0
     prefills = {
@@ -102,7 +102,8 @@ def memories_around(run: Run, model: Any, arm: Arm, kind: MemoryKind) -> Memorie
         name: b.prefill[:count] if count <= len(b.prefill) else tokens(b.train).reshape(-1)[:count]
         for name, b in run.domains.items()
     }
-    return Memories(on_device(model), memory, prefills, run.recipe.seed)
+    recover = run.recipe.cut.recover if kind != "none" else None
+    return Memories(on_device(model), memory, prefills, run.recipe.seed, recover)
 
 
 def train_windows(run: Run) -> dict[str, torch.Tensor]:
@@ -151,8 +152,7 @@ def _save_learned(
         say(f"learning moved the mask: {shared:.1%} of the removed units were the start's choice")
     if memories is not None and memories.memory.kind != "none":
         with staged_dir(folder / "learned") as aside:
-            for name in memories.domains:
-                save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
+            _save_memories(run, memories, aside)
     save_tensors(tensors, folder / "gates.safetensors")
     _drop_checkpoints(folder)
 
@@ -273,7 +273,7 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
     done = folder / "memories"
     if not ranks.agree(done.exists()):
         if arm.method == "koff" and arm.learned_with == arm.trained_with and plan is not None:
-            for name in memories.domains:
+            for name in memories.names:
                 learned = load_memory(folder / "learned" / name)
                 memories.load(name, slice_memory(learned, plan, run.units))
             phase = Phase(learn.settle_tokens, _joint_share(learn), 1.0)
@@ -284,16 +284,20 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
         with ranks.turn():
             if not done.exists():
                 with staged_dir(done) as aside:
-                    for name in memories.domains:
-                        save_memory(aside / name, memories.tensors(name), memories.memory, run.dense.source)
+                    _save_memories(run, memories, aside)
         if spends(learn):
             del memories
             memories = untrained()  # around the model as it was
     if not ranks.rank():
         _drop_checkpoints(folder)  # also after a kill between the memories and this line
-    for name in memories.domains:
+    for name in memories.names:
         memories.load(name, load_memory(done / name))
     return memories
+
+
+def _save_memories(run: Run, memories: Memories, aside: Path) -> None:
+    for name in memories.names:
+        save_memory(aside / name, memories.tensors(name), memories.section(name), run.dense.source)
 
 
 def _drop_checkpoints(folder: Path) -> None:

@@ -26,6 +26,7 @@ from koff_prune.verdict import (
     cast,
     estimate,
     few_documents,
+    is_dense,
     mean_nats,
     resample,
     row_label,
@@ -115,7 +116,7 @@ def _over_seeds(label: str, tables: Sequence[dict[str, Row]]) -> dict[str, Any]:
 
 
 def _dense(table: dict[str, Row]) -> Row:
-    return next(r for r in table.values() if r["method"] == "dense" and r["memory"] == "none")
+    return next(r for r in table.values() if is_dense(r))
 
 
 def _others(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]], *, baselines: bool) -> list[str]:

@@ -63,6 +63,7 @@ class Cast:
     """The rows that play a part in the two figures."""
 
     dense: Row | None
+    dense_off: Row | None  # what the ceiling's memories are around, where that is more than dense
     koff: Row | None
     koff_off: Row | None
     ceiling: Row | None
@@ -86,12 +87,19 @@ class Verdict:
     sentences: list[str]
 
 
+def is_dense(row: Row) -> bool:
+    """Whether this is the dense model as it came."""
+    return row["method"] == "dense" and row["memory"] == "none" and row["trained_with"] in (None, "none")
+
+
 def row_label(row: Row) -> str:
     """A row in words: "koff, memories off", "fisher, per-layer ranking, with memories"."""
     memory = row["memory"]
     part = {"lora": "LoRA only", "kv": "KV only"}.get(memory)
     if row["method"] == "dense":
-        words = ["dense" if memory == "none" else "dense + memories (ceiling)", part]
+        if memory == "none":
+            return "dense" if is_dense(row) else "dense + memories, memories off"
+        words = ["dense + memories (ceiling)", part]
     elif row["method"] == "koff" and row["learned_with"] == "none":
         words = [
             "koff mask learned without memories",
@@ -140,14 +148,15 @@ def row_labels(rows: Sequence[Row]) -> list[str]:
 def cast(rows: Sequence[Row]) -> Cast:
     """Finds koff's row and those it is judged by: same seed, target, memory and compensation."""
     plain = [r for r in rows if r["swap"] is None]
-    dense = _first(plain, lambda r: r["method"] == "dense" and r["memory"] == "none")
+    dense = _first(plain, is_dense)
+    recovered = _first(plain, lambda r: r["method"] == "dense" and r["memory"] == "none" and not is_dense(r))
     joint = [
         r
         for r in plain
         if r["method"] == "koff" and r["memory"] == r["learned_with"] and r["memory"] != "none"
     ]
     if not joint:
-        return Cast(dense, None, None, None, None)
+        return Cast(dense, recovered, None, None, None, None)
     koff = max(joint, key=lambda r: r["memory"].count("+"))  # the first of equals: ablations come after
     kind = koff["memory"]
     off = _first(
@@ -163,7 +172,7 @@ def cast(rows: Sequence[Row]) -> Cast:
     ceiling = _first(same_seed, lambda r: r["method"] == "dense")
     rivals = [r for r in same_seed if r["method"] in BASELINES and same_budget(r, koff)]
     rival = min(rivals, key=lambda r: r["perplexity"]["gmean"]) if rivals else None
-    return Cast(dense, koff, off, ceiling, rival)
+    return Cast(dense, recovered, koff, off, ceiling, rival)
 
 
 def judge(rows: Sequence[Row]) -> Verdict:
@@ -211,7 +220,8 @@ def _closed(parts: Cast, labels: dict[int, str]) -> tuple[dict[str, Any] | None,
 
 
 def _offloaded(parts: Cast) -> tuple[dict[str, Any] | None, list[str]]:
-    dense, koff, off, ceiling = parts.dense, parts.koff, parts.koff_off, parts.ceiling
+    koff, off, ceiling = parts.koff, parts.koff_off, parts.ceiling
+    dense = parts.dense_off or parts.dense
     if dense is None or koff is None or off is None or ceiling is None:
         ask = [] if dense else ["dense"]
         ask += [] if off else ["koff with its memories off"]

@@ -7,7 +7,7 @@ it comes, behind a header that is known before the first tensor. So a model of a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,8 +254,20 @@ def _write(file: BinaryIO, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         file.write(part.to(dtype).view(torch.uint8).numpy().data)
 
 
-def copy_weights(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a folder's weights into another, in files of another size where that is asked."""
+def copy_weights(
+    source: Path,
+    target: Path,
+    shard_bytes: int = SHARD_BYTES,
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+) -> None:
+    """Writes a folder's weights into another, a tensor at a time.
+
+    Args:
+        source: Holds the weights.
+        target: Gets them, in their dtypes.
+        shard_bytes: See `write_weights`.
+        change: From each tensor's name and content to what is written in its place.
+    """
     weights = Weights.open(source)
     if strange := [name for name, entry in weights.entries.items() if entry.dtype not in _DTYPES]:
         raise KoffError(f"{source}: {strange[0]} is of no floating-point type: {_AGAIN}")
@@ -263,4 +275,5 @@ def copy_weights(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> 
         name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
         for name, entry in weights.entries.items()
     }
-    write_weights(target, like, weights.one_by_one(), shard_bytes)
+    changed = ((name, change(name, tensor)) for name, tensor in weights.one_by_one())
+    write_weights(target, like, changed, shard_bytes)

@@ -33,12 +33,13 @@ from koff_prune import load_backbone
 from koff_prune.compensate import Compensation
 from koff_prune.cut import cut, cut_on_disk, save_backbone
 from koff_prune.memory import save_memory
-from koff_prune.merge import merge_memory
+from koff_prune.merge import folding
 from koff_prune.models import Dense, open_dense
 from koff_prune.plan import Plan
 from koff_prune.recipe import ModelSection
 from koff_prune.scores import collect
 from koff_prune.units import KINDS, read_units
+from koff_prune.weights import copy_weights
 
 INDEX = "model.safetensors.index.json"
 SHARD = 20_000
@@ -194,14 +195,16 @@ def test_a_damaged_or_hostile_index_is_one_sentence(
 def test_a_memory_merged_into_a_sharded_backbone(tmp_path: Path) -> None:
     model = tiny_shape("qwen2-tied")
     cut(model, random_plan(read_units(model)))
-    save_backbone(model, tmp_path / "bundle", SHARD)
+    save_backbone(model, tmp_path / "backbone", SHARD)
     memories = memories_on(model, ("law",), kv=False)
     save_memory(tmp_path / "law", memories.tensors("law"), tiny_memory(kv=False), "somewhere")
     ids = token_ids(1, 12)
     wanted = logits(memories, ids, "law")
-    before = sorted(p.name for p in (tmp_path / "bundle").iterdir())
-    merge_memory(tmp_path / "law", tmp_path / "bundle", "law", SHARD)
-    assert sorted(p.name for p in (tmp_path / "bundle").iterdir()) == before
+    (tmp_path / "bundle").mkdir()
+    shutil.copy(tmp_path / "backbone" / "config.json", tmp_path / "bundle")
+    copy_weights(tmp_path / "backbone", tmp_path / "bundle", SHARD, folding([tmp_path / "law"]))
+    files = sorted(p.name for p in (tmp_path / "bundle").iterdir())
+    assert len(files) > 3 and set(files) <= {p.name for p in (tmp_path / "backbone").iterdir()}
     with torch.no_grad():
         found = load_backbone(tmp_path / "bundle")(input_ids=ids, use_cache=False).logits
     assert (found - wanted).abs().max() < 1e-4

@@ -275,8 +275,8 @@ def _run(args: argparse.Namespace) -> None:
     refuse_two_wheels()
     if sum([bool(args.score), bool(args.batch), args.prompt is not None or args.chat]) > 1:
         raise KoffError("--score, --batch and --prompt or --chat each stand alone: leave out the others")
-    if args.threads is not None and args.threads < 1:
-        raise KoffError(f"--threads {args.threads} is not possible: give 1 or more")
+    if args.threads is not None and not 1 <= args.threads <= 1024:
+        raise KoffError(f"--threads {args.threads} is not possible: give 1 to 1024")
     from koff_export.runtime import Runtime
 
     runtime = Runtime.open(

@@ -283,6 +283,8 @@ def test_koff_run_tells_mistakes_in_one_line(exported: Exported, tmp_path: Path)
         ((folder, "--score", str(tmp_path / "bad.jsonl")), "line 2"),
         ((folder, "--score", str(tmp_path / "absent")), "cannot read"),
         ((folder, "--prompt", "x", "--top-p", "7"), "top_p"),
+        ((folder, "--prompt", "x", "--threads", "0"), "1 to 1024"),
+        ((folder, "--prompt", "x", "--threads", "100000"), "1 to 1024"),
         ((folder, "--batch", str(tmp_path / "bad.jsonl")), "line 1"),
         ((folder, "--prompt", "x", "--batch", str(tmp_path / "bad.jsonl")), "leave out the others"),
     ):
