@@ -244,6 +244,10 @@ def odd_target(table: Any, members: Any) -> None:
     retold(table, members, target_modules=["no_such_module"])
 
 
+def no_number(table: Any, members: Any) -> None:
+    table["told"]["heldout"] = {"nats": float("nan")}
+
+
 def retold(table: Any, members: Any, **changes: Any) -> None:
     """Changes the LoRA's config as somebody who knows the format would, checksum and all."""
     config = {**json.loads(members["adapter_config.json"]), **changes}
@@ -255,7 +259,9 @@ def squeeze(table: Any, members: Any) -> dict[str, int]:
     return {"compression": zipfile.ZIP_DEFLATED}
 
 
-@pytest.mark.parametrize("change", [escape, pickled, flip, rename, lie, squeeze, odd_rank, odd_target])
+@pytest.mark.parametrize(
+    "change", [escape, pickled, flip, rename, lie, squeeze, odd_rank, odd_target, no_number]
+)
 def test_a_hostile_pack_is_refused(
     bundle: Path, capsys: pytest.CaptureFixture[str], change: Any, tmp_path: Path
 ) -> None:

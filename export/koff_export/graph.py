@@ -40,6 +40,8 @@ def _fields(data: Buffer) -> Iterator[tuple[int, int | Buffer]]:
     at, end = 0, len(data)
     while at < end:
         tag, at = _varint(data, at)
+        if tag >> 32:  # other readers cut it off there, and see another field
+            raise ValueError("a field's number is too large")
         kind = tag & 7
         if kind == 0:
             value, at = _varint(data, at)
@@ -67,7 +69,11 @@ def _inside(data: Buffer, field: int) -> Iterator[Buffer]:
 
 
 def _text(data: Buffer, field: int) -> str:
-    return "".join(str(value, "utf-8") for value in _inside(data, field))
+    """A string of a message, "" if it is not there."""
+    found = [str(value, "utf-8") for value in _inside(data, field)]
+    if len(found) > 1:
+        raise ValueError("a name stands twice")
+    return found[0] if found else ""
 
 
 class _Checker:
@@ -85,7 +91,10 @@ class _Checker:
             )
 
     def tensor(self, data: Buffer) -> None:
-        entries = {_text(e, 1): _text(e, 2) for e in _inside(data, 13)}  # TensorProto.external_data
+        pairs = [(_text(e, 1), _text(e, 2)) for e in _inside(data, 13)]  # TensorProto.external_data
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            raise ValueError("a tensor's data is told twice")
         if not entries:
             return
         # ONNX resolves locations beside the graph; the file must also stay inside the bundle.
@@ -112,15 +121,20 @@ class _Checker:
                         self.tensor(value)
                     elif field in (6, 11) and not isinstance(value, int):  # g, graphs
                         self.graph(value, depth + 1)
+                    elif field in (22, 23) and not isinstance(value, int):  # sparse_tensor, sparse_tensors
+                        self.sparse(value)
+
+    def sparse(self, data: Buffer) -> None:
+        for field in (1, 2):  # values, indices
+            for tensor in _inside(data, field):
+                self.tensor(tensor)
 
     def graph(self, data: Buffer, depth: int = 0) -> None:
         self.nodes(data, 1, depth)  # GraphProto.node
         for initializer in _inside(data, 5):
             self.tensor(initializer)
         for sparse in _inside(data, 15):
-            for field in (1, 2):  # values, indices
-                for tensor in _inside(sparse, field):
-                    self.tensor(tensor)
+            self.sparse(sparse)
 
     def model(self, data: Buffer) -> None:
         for opset in _inside(data, 8):

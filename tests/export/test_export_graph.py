@@ -194,9 +194,42 @@ def _custom_op_in_a_branch(model: onnx.ModelProto) -> None:
     model.graph.node[0].attribute.append(onnx.helper.make_attribute("then_branch", inner))
 
 
+def _twice(model: onnx.ModelProto) -> None:
+    """Readers differ in which of the two they take."""
+    _external("data")(model)
+    model.graph.initializer[0].external_data.add(key="location", value="other")
+
+
+def _sparse_constant(model: onnx.ModelProto) -> None:
+    tensor = onnx.SparseTensorProto()
+    tensor.values.CopyFrom(model.graph.initializer[0])
+    tensor.values.ClearField("raw_data")
+    tensor.values.data_location = onnx.TensorProto.EXTERNAL
+    tensor.values.external_data.add(key="location", value="../secret")
+    constant = onnx.helper.make_node("Constant", [], ["c"])
+    constant.attribute.add(
+        name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR
+    ).sparse_tensor.CopyFrom(tensor)
+    model.graph.node.append(constant)
+
+
+def test_a_field_whose_number_other_readers_cut_off_is_refused(tmp_path: Path) -> None:
+    """Protocol buffers keep 32 bits of a tag: this is field 7, the graph, to them, and unknown to us."""
+    model = _save(tmp_path / "m.onnx", _external("data")).read_bytes()
+    (tmp_path / "data").write_bytes(bytes(16))
+    graph = onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.SerializeToString()
+    size = bytes([len(graph) & 0x7F | 0x80, len(graph) >> 7]) if len(graph) > 127 else bytes([len(graph)])
+    hidden = b"\xba\x80\x80\x80\x80\x01" + size + graph  # (7 << 3 | 2) + (1 << 35)
+    (tmp_path / "m.onnx").write_bytes(model + hidden)
+    with pytest.raises(KoffError, match="not an ONNX graph"):
+        check_onnx(tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_twice, "not an ONNX graph"),
+        (_sparse_constant, "leads out"),
         (_custom_op, "evil.ops"),
         (_custom_op_in_a_branch, "evil.ops"),
         (_external("../secret"), "leads out"),
