@@ -16,6 +16,7 @@ from koff_export.bundle import check_files, open_manifest, write_manifest
 from koff_export.errors import KoffError
 from koff_export.files import read_json, staged_dir
 from koff_export.genai import write_genai_config
+from koff_export.hub import FOR_TORCH, local
 from koff_prune.attach import attach, attach_memory
 from koff_prune.chat import tokens
 from koff_prune.compose import compose
@@ -162,7 +163,7 @@ def load_bundle(
     """Opens a bundle as an ordinary causal LM whose `generate` works, with one memory attached, or several.
 
     Args:
-        folder: The bundle.
+        folder: The bundle, or its place on the hub: "hf://org/name".
         memory: A domain's name, or several as in "python+math"; None for the backbone alone.
         dtype: Cast the backbone to this.
         weights: Of each of several memories' LoRA; default: equal, 1 in sum. See `compose.compose`.
@@ -170,7 +171,7 @@ def load_bundle(
     Raises:
         KoffError: Not a bundle, a damaged one, no such memory, or weights that do not fit.
     """
-    folder = Path(folder)
+    folder = local(folder, FOR_TORCH)
     manifest = open_manifest(folder)
     if memory is None and manifest.merged in manifest.domains:
         memory = manifest.merged  # what is left of it: the learned KV
@@ -208,7 +209,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
     Raises:
         KoffError: The first thing that is wrong.
     """
-    folder = Path(folder)
+    folder = local(folder)
     manifest = open_manifest(folder)
     check_files(folder, manifest)
     plan = Plan.load(folder / "plan.json")

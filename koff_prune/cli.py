@@ -55,6 +55,7 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", sho
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory [default: runs/<recipe's name>].")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run of the same recipe.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set learn.tokens=100000.")]
+Bundle = Annotated[str, typer.Argument(help="The bundle's folder, or hf://org/name.", show_default=False)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="Processor cores for torch.")]
 Device = Annotated[str | None, typer.Option("--device", help=DEVICE_HELP)]
 Shard = Annotated[bool, typer.Option("--shard", help="Several processes: share out the frozen model.")]
@@ -288,7 +289,7 @@ def schema() -> None:
 
 
 @app.command()
-def verify(bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]) -> None:
+def verify(bundle: Bundle) -> None:
     """Re-check a bundle: files, shapes, sparsity, and torch against ONNX Runtime."""
     quiet()
     from koff_prune.bundling import verify as check
@@ -298,7 +299,7 @@ def verify(bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", s
 
 @app.command()
 def ship(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)],
+    bundle: Bundle,
     out: Annotated[Path, typer.Option("--out", help="The new folder.", show_default=False)],
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16, int8, int8_dynamic or int4.")],
     profile: Annotated[str | None, typer.Option("--profile", help="[default: the fastest there is].")] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_helpers import hub_snapshot
 from model_helpers import tiny_config, token_ids
 from peft import PeftModel
 from run_helpers import Answer, koff_prune, mistake, recipe_of
@@ -292,6 +294,20 @@ def one_sentence(answer: Answer, says: str) -> None:
     assert len(lines) == 1 and lines[0].startswith("error: "), answer.err
     assert re.search(says, lines[0]), lines[0]
     assert "Traceback" not in answer.err and answer.out == ""
+
+
+def test_a_bundle_is_verified_out_of_the_hubs_cache(copy: Path, tmp_path: Path) -> None:
+    hub_snapshot(copy, tmp_path / "hub")
+    cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def python(*arguments: str) -> str:
+        command, env = [sys.executable, *arguments], {**os.environ, **cache}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert json.loads(python("-m", "koff_prune", "verify", "hf://someone/slim"))["memories"]
+    python("-c", "import koff_prune; koff_prune.load_bundle('hf://someone/slim', memory='law')")
 
 
 def test_what_is_no_bundle_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

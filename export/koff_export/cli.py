@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
         "A line '/memory NAME' changes the memory without a reload; '/memory none' takes it off, "
         "'/memory auto' lets each prompt pick.",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder")
+    parser.add_argument("bundle", metavar="BUNDLE", help="the bundle's folder, or hf://org/name on the hub")
     parser.add_argument(
         "--memory",
         metavar="NAME",

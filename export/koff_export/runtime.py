@@ -17,6 +17,7 @@ from koff_export.cached import Cache, CachedText, CacheInPlace, CacheOfGraph
 from koff_export.errors import KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx
+from koff_export.hub import FOR_DEVICES, local
 from koff_export.sampling import check_sampling, pick
 from koff_export.session import check_session, open_session, run_errors
 
@@ -67,7 +68,7 @@ class Runtime:
         """Opens a bundle's graph once; memories and tokenizer follow on first use.
 
         Args:
-            bundle: The bundle's folder.
+            bundle: The bundle's folder, or its place on the hub: "hf://org/name".
             precision: One of the manifest's, e.g. "int8_dynamic"; None: fp32, or the first of others.
             verify: Compare the sha256 of every file before it is used.
             threads: Threads of ONNX Runtime; None leaves the choice to it.
@@ -78,7 +79,7 @@ class Runtime:
         Raises:
             KoffError: no bundle, no such precision or profile, or a file missing, changed or hostile.
         """
-        folder = Path(bundle)
+        folder = local(bundle, FOR_DEVICES)
         manifest = open_manifest(folder)
         if manifest.graph is None:
             raise KoffError(f"{folder} holds no ONNX graph: export it with the format onnx")

@@ -12,6 +12,7 @@ from koff_export.bundle import MANIFEST, MERGED_KV, check_file, open_manifest, w
 from koff_export.errors import KoffError
 from koff_export.files import read_json, staged_dir
 from koff_export.graph import check_onnx
+from koff_export.hub import FOR_DEVICES, local
 
 _TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
 
@@ -26,7 +27,7 @@ def ship(
     """Copies what `koff-run` needs into a bundle of its own, which opens in that precision by itself.
 
     Args:
-        bundle: With ONNX graphs; every copied file is checked against its sha256.
+        bundle: With ONNX graphs, a folder or "hf://org/name"; what is copied is checked against its sha256.
         target: A folder that is not there yet.
         precision: One of the bundle's.
         profile: "portable", "fused" or "in_place"; None: the last that the bundle has, the fastest.
@@ -38,7 +39,7 @@ def ship(
     Raises:
         KoffError: No such precision, profile or memory, the target exists, or a file is missing or changed.
     """
-    source, target = Path(bundle), Path(target)
+    source, target = local(bundle, FOR_DEVICES), Path(target)
     manifest = open_manifest(source)
     if target.exists():
         raise KoffError(f"{target} exists already: choose another folder, or remove it")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "export"))
 
 from export_helpers import BOS, WINDOW, Exported, lora_modules, random_kv, random_lora, tiny_model

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from export_helpers import Exported, random_kv, random_lora
+from hub_helpers import hub_snapshot
 
 from koff_export.bundle import check_files, open_manifest, write_manifest
 from koff_export.errors import KoffError
@@ -305,19 +306,6 @@ def test_two_wheels_in_one_environment_are_refused(
     assert "both installed" in capsys.readouterr().err
 
 
-def hub_snapshot(bundle: Path, cache: Path) -> Path:
-    """The bundle as huggingface_hub's cache holds a repository: links into a folder of blobs beside it."""
-    repository = cache / "models--someone--slim"
-    snapshot = repository / "snapshots" / "0123abcd"
-    (repository / "blobs").mkdir(parents=True)
-    for number, path in enumerate(sorted(p for p in bundle.rglob("*") if p.is_file())):
-        link = snapshot / path.relative_to(bundle)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(repository / "blobs" / str(number))
-        link.symlink_to(os.path.relpath(repository / "blobs" / str(number), link.parent))
-    return snapshot
-
-
 def test_a_snapshot_in_the_hubs_cache_opens(exported: Exported, copy: Path, tmp_path: Path) -> None:
     snapshot = hub_snapshot(copy, tmp_path / "hub")
     check_files(snapshot, open_manifest(snapshot))
@@ -335,3 +323,22 @@ def test_links_of_a_snapshot_may_lead_to_its_own_blobs_alone(copy: Path, tmp_pat
     (snapshot / "tokenizer.json").symlink_to(other / "secret")
     with pytest.raises(KoffError, match="leads out of"):
         check_files(snapshot, open_manifest(snapshot))
+
+
+def test_a_bundle_on_the_hub_is_its_place(exported: Exported, copy: Path, tmp_path: Path) -> None:
+    """Out of the hub's cache, which is all that there is without a network."""
+    snapshot = hub_snapshot(copy, tmp_path / "hub")
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    asked = ("--memory", "law", "--prompt", "hi", "--max-new-tokens", "6", "--threads", "1")
+    here = koff_run(str(exported.folder), *asked)
+    for place in ("hf://someone/slim", f"hf://someone/slim@{snapshot.name}"):
+        there = koff_run(place, *asked, env=offline)
+        assert (there.returncode, there.stdout) == (0, here.stdout), there.stderr
+    for place, message in (
+        ("hf://someone/absent", "cannot be fetched"),
+        ("hf://someone/slim@no-such-revision", "cannot be fetched"),
+        ("hf://../../etc", "is no place on the hub"),
+    ):
+        done = koff_run(place, *asked, env=offline)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
