@@ -203,7 +203,7 @@ def pack_memory(bundle: Path, name: str, target: Path) -> Path:
         check_file(bundle, manifest, file)
     contents = {
         "format": 1, "name": name, "plan": manifest.plan, "model": manifest.model,
-        "told": read_json(bundle / "koff.json")["domains"][name],
+        "recovery": _recovery(bundle), "told": read_json(bundle / "koff.json")["domains"][name],
         "files": {Path(f).name: manifest.files[f] for f in files},
     }  # fmt: skip
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -238,6 +238,11 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
                     f"{packed}: memory '{name}' is of plan {contents['plan'][:12]}, {bundle} of"
                     f" {manifest.plan[:12]}; a memory fits the backbone that it was trained on alone"
                 )
+            if contents.get("recovery") != _recovery(bundle):
+                raise KoffError(
+                    f"{packed}: memory '{name}' was trained on a backbone of another `cut.recover` than"
+                    f" {bundle}'s; a memory fits the backbone that it was trained on alone"
+                )
             _check_name(bundle, manifest, name, replace)
             attach_memory(load_backbone(bundle), place)  # refuses the shapes of another backbone
             more = {k: v for k, v in contents["told"].items() if k in _MORE}
@@ -245,6 +250,12 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
             return _publish(bundle, manifest, name, place, more)
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _recovery(bundle: Path) -> str | None:
+    """sha256 of what all domains recovered together, which the plan's digest does not tell."""
+    found = read_json(bundle / "koff.json").get("recovery")
+    return found if isinstance(found, str) else None
 
 
 def _check_name(bundle: Path, manifest: Manifest, name: str, replace: bool) -> None:
@@ -276,6 +287,12 @@ def _publish(
     """Moves a memory's files into the bundle and enters it; one that ONNX disagrees with changes nothing."""
     formats = [f for f, there in (("onnx", manifest.graph), ("gguf", manifest.gguf)) if there]
     told = {**tell_memory(source, name, formats), **more}
+    try:
+        json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise KoffError(
+            f"memory '{name}': what is told of it cannot be written ({error}); {bundle} is as it was"
+        ) from error
     beside: dict[Path, Path] = {}  # files of other formats: where they are written, where they belong
     try:
         if manifest.graph is not None:
@@ -344,7 +361,10 @@ def _recipe(
         "learn": {"window": min(512, manifest.window), **learn, "tokens": 0, "settle_tokens": tokens},
         "evaluate": {"window": manifest.window},
     }  # fmt: skip
-    return load_recipe(data.resolve(), overrides, text=yaml.safe_dump(made, sort_keys=False))
+    recipe = load_recipe(data.resolve(), overrides, text=yaml.safe_dump(made, sort_keys=False))
+    if recipe.cut.recover is not None:
+        raise KoffError("cut.recover: the backbone of a bundle does not change; leave it out")
+    return recipe
 
 
 def _same_work(work: Path, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import koff_prune
 from koff_export.bundle import check_files, open_manifest, write_manifest
 from koff_export.errors import KoffError
-from koff_export.files import read_json, staged_dir
+from koff_export.files import read_json, sha256_file, staged_dir
 from koff_export.genai import write_genai_config
 from koff_export.hub import FOR_TORCH, local
 from koff_prune.attach import attach, attach_memory
@@ -23,7 +23,7 @@ from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
 from koff_prune.formats import tell_memory, write_gguf, write_onnx
 from koff_prune.lock import alone
-from koff_prune.memory import RECOVERY, kind_of, load_memory, memory_of_folder, save_memory
+from koff_prune.memory import MEMORY_FILES, RECOVERY, kind_of, load_memory, memory_of_folder, save_memory
 from koff_prune.merge import folding
 from koff_prune.numerics import TOLERANCE, accuracy, numerics
 from koff_prune.plan import Plan
@@ -107,6 +107,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
             for name in domains:  # what is left beside the weights: the learned KV
                 save_memory(aside / "memories" / name, {"kv": tensors["kv"]}, section.only("kv"), "")
         formats = recipe.export.formats if merge is None else []
+        recovery = run.folder / "memories" / RECOVERY / MEMORY_FILES["lora"]
         told = {name: tell_memory(aside / "memories" / name, name, formats) for name in domains}
         tokenizer, config = run.dense.tokenizer, run.dense.config
         eos = _ids(config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id)
@@ -116,6 +117,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
             "koff_prune": koff_prune.__version__,
             "model": run.model_identity,
             "plan": plan.digest,
+            "recovery": sha256_file(recovery) if recipe.cut.recover is not None else None,
             "parameters": plan.parameters,
             "sparsity": {"target": plan.target, "realised": plan.realised, "of": plan.of},
             "window": recipe.evaluate.window,

@@ -171,7 +171,7 @@ def load_backbone(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
     """Opens a backbone with per-layer or uniform widths; no remote code.
 
     Args:
-        folder: A bundle, or a run's `backbone/`.
+        folder: A bundle, or a run's `backbone/`: what the cut left, without `cut.recover`.
         dtype: Cast to this; default: as saved.
 
     Returns:

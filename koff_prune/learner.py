@@ -75,7 +75,7 @@ class Learner(nn.Module):
         labels = labels[:, 1:].reshape(-1)
         said = labels != IGNORED
         teacher = None
-        if self.loss.kl > 0:
+        if self.loss.kl > 0 and self.gates is not None:  # a model that was cut is no teacher
             teacher = self._dense(hidden, input_ids)
         memories.activate(name)
         if self.gates is not None and self.hooks is not None:
@@ -88,7 +88,8 @@ class Learner(nn.Module):
         if not said.all():
             out, labels = out[said], labels[said]
             teacher = teacher[said] if teacher is not None else None
-        loss = head_loss(out, head, labels, teacher, ce=self.loss.ce, kl=self.loss.kl)
+        parts = {"ce": self.loss.ce, "kl": self.loss.kl} if teacher is not None else {"ce": 1.0, "kl": 0.0}
+        loss = head_loss(out, head, labels, teacher, **parts)
         finite = math.isfinite(value := float(loss.detach()))
         if ranks.sharded() and self.skips:  # the backward pass needs all: they skip together
             finite = not ranks.any_of(not finite)

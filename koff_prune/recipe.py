@@ -28,7 +28,7 @@ from koff_prune.recipe_learn import Form, Learn, Start
 from koff_prune.recipe_learn import Gates as Gates
 from koff_prune.recipe_memory import Kv as Kv
 from koff_prune.recipe_memory import Lora as Lora
-from koff_prune.recipe_memory import Memory, MemoryKind, none_in_words, parts_of
+from koff_prune.recipe_memory import Memory, MemoryKind, none_in_words, parts_of, with_none
 from koff_prune.templates import parse
 
 BASELINES = ("magnitude", "wanda", "taylor", "fisher", "random")
@@ -204,6 +204,10 @@ class Cut(Section):
     )
 
     _none = field_validator("recover", mode="before")(none_in_words)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return with_none(handler.resolve_ref_schema(handler(core)), "recover")
 
 
 class Scoring(Section):

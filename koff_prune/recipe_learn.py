@@ -65,7 +65,10 @@ class Rates(Section):
 
 
 class Loss(Section):
-    """ce * cross-entropy + kl * KL(dense || gated + memory), mean over domains."""
+    """ce * cross-entropy + kl * KL(dense || gated + memory), mean over domains, while gates are learned.
+
+    On a fixed plan the dense model is gone, and memories learn by cross-entropy alone.
+    """
 
     ce: Float = Field(default=1.0, ge=0)
     kl: Float = Field(default=0.0, ge=0)

@@ -24,6 +24,13 @@ def none_in_words(value: Any) -> Any:
     return None if value == "none" else value
 
 
+def with_none(schema: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A section's JSON schema, in which these keys may be `none`."""
+    for key in keys:
+        schema["properties"][key]["anyOf"].append({"const": "none"})
+    return schema
+
+
 class Lora(Section):
     """A low-rank adapter on linear layers."""
 
@@ -76,7 +83,4 @@ class Memory(Section):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        schema = handler.resolve_ref_schema(handler(core))
-        for part in ("lora", "kv"):
-            schema["properties"][part]["anyOf"].append({"const": "none"})
-        return schema
+        return with_none(handler.resolve_ref_schema(handler(core)), "lora", "kv")

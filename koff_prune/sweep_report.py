@@ -171,7 +171,7 @@ def _closed(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]]) -> dict
 
 def _offloaded(runs: Sequence[list[Row]]) -> dict[str, Any] | None:
     parts = [cast(rows) for rows in runs]
-    four = [[p.koff_off, p.koff, p.dense, p.ceiling] for p in parts]
+    four = [[p.koff_off, p.koff, p.around, p.ceiling] for p in parts]
     there = [[row for row in rows if row] for rows in four]
     if any(len(rows) < 4 for rows in there):
         return None

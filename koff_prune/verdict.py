@@ -63,7 +63,7 @@ class Cast:
     """The rows that play a part in the two figures."""
 
     dense: Row | None
-    dense_off: Row | None  # what the ceiling's memories are around, where that is more than dense
+    around: Row | None  # what the ceiling's memories are around: the dense model, and its recovery if any
     koff: Row | None
     koff_off: Row | None
     ceiling: Row | None
@@ -98,7 +98,7 @@ def row_label(row: Row) -> str:
     part = {"lora": "LoRA only", "kv": "KV only"}.get(memory)
     if row["method"] == "dense":
         if memory == "none":
-            return "dense" if is_dense(row) else "dense + memories, memories off"
+            return "dense" if is_dense(row) else "dense + recovery"
         words = ["dense + memories (ceiling)", part]
     elif row["method"] == "koff" and row["learned_with"] == "none":
         words = [
@@ -108,7 +108,9 @@ def row_label(row: Row) -> str:
         ]
     elif row["method"] == "koff":
         off = memory == "none" and row["learned_with"] is not None
-        words = ["koff", "memories off" if off else part]
+        words = ["koff", part]
+        if off:
+            words = ["koff", "bare" if row["trained_with"] == "none" else "memories off"]
         if off and row["learned_with"] in ("lora", "kv"):
             words.append(
                 {"lora": "learned with LoRA only", "kv": "learned with KV only"}[row["learned_with"]]
@@ -132,6 +134,7 @@ def row_labels(rows: Sequence[Row]) -> list[str]:
     details: list[Callable[[Row], str]] = [
         lambda row: forms.get(row["gates"] or "", str(row["gates"])),
         lambda row: "compensated" if row["compensate"] == "least_squares" else "not compensated",
+        lambda row: f"trained with {row['trained_with']}",
         lambda row: f"target {row['sparsity'].get('target')}",
         lambda row: f"seed {row['seed']}",
         lambda row: f"plan {(row['plan'] or 'none')[:8]}",
@@ -149,14 +152,13 @@ def cast(rows: Sequence[Row]) -> Cast:
     """Finds koff's row and those it is judged by: same seed, target, memory and compensation."""
     plain = [r for r in rows if r["swap"] is None]
     dense = _first(plain, is_dense)
-    recovered = _first(plain, lambda r: r["method"] == "dense" and r["memory"] == "none" and not is_dense(r))
     joint = [
         r
         for r in plain
         if r["method"] == "koff" and r["memory"] == r["learned_with"] and r["memory"] != "none"
     ]
     if not joint:
-        return Cast(dense, recovered, None, None, None, None)
+        return Cast(dense, None, None, None, None, None)
     koff = max(joint, key=lambda r: r["memory"].count("+"))  # the first of equals: ablations come after
     kind = koff["memory"]
     off = _first(
@@ -164,7 +166,8 @@ def cast(rows: Sequence[Row]) -> Cast:
         lambda r: (
             r["memory"] == "none"
             and all(
-                r[k] == koff[k] for k in ("method", "learned_with", "plan", "gates", "compensate", "seed")
+                r[k] == koff[k]
+                for k in ("method", "learned_with", "trained_with", "plan", "gates", "compensate", "seed")
             )
         ),
     )
@@ -172,7 +175,11 @@ def cast(rows: Sequence[Row]) -> Cast:
     ceiling = _first(same_seed, lambda r: r["method"] == "dense")
     rivals = [r for r in same_seed if r["method"] in BASELINES and same_budget(r, koff)]
     rival = min(rivals, key=lambda r: r["perplexity"]["gmean"]) if rivals else None
-    return Cast(dense, recovered, koff, off, ceiling, rival)
+    bare = [
+        r for r in plain if r["method"] == "dense" and r["memory"] == "none" and r["seed"] == koff["seed"]
+    ]
+    around = _first(bare, lambda r: r["trained_with"] == kind)
+    return Cast(dense, around or dense, koff, off, ceiling, rival)
 
 
 def judge(rows: Sequence[Row]) -> Verdict:
@@ -221,7 +228,7 @@ def _closed(parts: Cast, labels: dict[int, str]) -> tuple[dict[str, Any] | None,
 
 def _offloaded(parts: Cast) -> tuple[dict[str, Any] | None, list[str]]:
     koff, off, ceiling = parts.koff, parts.koff_off, parts.ceiling
-    dense = parts.dense_off or parts.dense
+    dense = parts.around
     if dense is None or koff is None or off is None or ceiling is None:
         ask = [] if dense else ["dense"]
         ask += [] if off else ["koff with its memories off"]

@@ -248,6 +248,14 @@ def no_number(table: Any, members: Any) -> None:
     table["told"]["heldout"] = {"nats": float("nan")}
 
 
+def half_a_letter(table: Any, members: Any) -> None:
+    table["told"]["heldout"] = {"text": "\ud800"}
+
+
+def other_recovery(table: Any, members: Any) -> None:
+    table["recovery"] = "0" * 64
+
+
 def retold(table: Any, members: Any, **changes: Any) -> None:
     """Changes the LoRA's config as somebody who knows the format would, checksum and all."""
     config = {**json.loads(members["adapter_config.json"]), **changes}
@@ -259,9 +267,10 @@ def squeeze(table: Any, members: Any) -> dict[str, int]:
     return {"compression": zipfile.ZIP_DEFLATED}
 
 
-@pytest.mark.parametrize(
-    "change", [escape, pickled, flip, rename, lie, squeeze, odd_rank, odd_target, no_number]
-)
+TAMPERED = [escape, pickled, flip, rename, lie, squeeze, odd_rank, odd_target, no_number, half_a_letter]
+
+
+@pytest.mark.parametrize("change", [*TAMPERED, other_recovery])
 def test_a_hostile_pack_is_refused(
     bundle: Path, capsys: pytest.CaptureFixture[str], change: Any, tmp_path: Path
 ) -> None:

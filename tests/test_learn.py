@@ -103,6 +103,16 @@ def test_a_fixed_plan_trains_memories_alone(tmp_path: Path) -> None:
     assert all(not torch.equal(t, before[k]) for k, t in everything(memories).items())
 
 
+def test_a_fixed_plan_has_no_dense_model_to_imitate(tmp_path: Path) -> None:
+    """What is left of a model after its cut is no teacher."""
+    results = []
+    for name, loss in (("ce", {"ce": 1.0, "kl": 0.0}), ("kl", {"ce": 0.0, "kl": 1.0})):
+        memories, _ = start()
+        train(memories, WINDOWS, section(loss=loss), Phase(TOKENS, 0.0, 1.0), tmp_path / name)
+        results.append(everything(memories))
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
 @pytest.mark.parametrize("form", ["re_estimated", "straight_through", "hard_concrete"])
 def test_one_draw_per_step_for_all_domains_and_one_step_for_all(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

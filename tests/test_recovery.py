@@ -131,6 +131,17 @@ def test_it_is_in_the_backbone_and_no_memory_of_a_bundle(
         assert (load_bundle(run / "bundle", memory="law")(input_ids=IDS).logits - bare).abs().max() > 1e-3
 
 
+def test_a_bundles_backbone_recovers_no_more(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "sea.txt").write_text("any return of court\n" * 200)
+    more = koff_prune(
+        capsys, "memory", "add", run / "bundle", "--name", "sea", "--data", tmp_path / "sea.txt",
+        "--set", "cut.recover.rank=2",
+    )  # fmt: skip
+    mistake(more, "cut.recover", "does not change")
+
+
 def test_rivals_and_the_ceiling_have_it_too(run: Path) -> None:
     for row in ("dense_trained-lora+kv_none", "wanda_global_trained-lora+kv_least_squares"):
         assert (run / "rows" / row / "memories" / RECOVERY).is_dir()

@@ -100,13 +100,14 @@ def write(folder: Path, rows: Sequence[Row] = FULL, **keys: Any) -> tuple[dict[s
         (with_memories("dense", 0), "dense + memories (ceiling)"),
         (KOFF, "koff"),
         (OFF, "koff, memories off"),
+        (row("koff"), "koff, bare"),
         (row("koff", learned_with="none"), "koff mask learned without memories, bare"),
         (
             with_memories("koff", 0, learned_with="none"),
             "koff mask learned without memories, memories trained afterwards",
         ),
         (row("koff", learned_with="lora", memory="lora"), "koff, LoRA only"),
-        (row("koff", learned_with="kv", memory="none"), "koff, memories off, learned with KV only"),
+        (row("koff", learned_with="kv", trained_with="kv"), "koff, memories off, learned with KV only"),
         (with_memories("koff", 0, gates="hard_concrete"), "koff, hard concrete gates"),
         (with_memories("koff", 0, note="gates not learned"), "koff, gates not learned"),
         (with_memories("koff", 0, swap="medicine"), "koff, memory of medicine throughout"),
@@ -401,3 +402,15 @@ def test_chromium_shows_the_table_and_the_figures(tmp_path: Path) -> None:
     assert blue.sum() > 2000 and (wide.mean(axis=-1) < 0.5).sum() > 5000
     narrow = _screenshot(tmp_path, page, 500, 1200)
     assert (narrow.mean(axis=-1) < 0.5).sum() > 3000
+
+
+def test_offloaded_begins_from_what_the_ceilings_memories_are_around() -> None:
+    """With a recovery the dense model without memories is not the dense model as it came."""
+    lora = {"trained_with": "lora", "memory": "lora"}
+    offs = [row("dense", -0.03, trained_with="lora"), row("dense", -0.05, trained_with="lora+kv")]
+    rows = [*QUICKSTART, row("dense", -0.1, **lora), offs[0], with_memories("dense", -0.12), offs[1]]
+    found = judge(rows).offloaded
+    assert found is not None
+    assert found["value"] == pytest.approx((0.16 - 0.02) - (0.12 - 0.05), abs=1e-9)
+    labels = row_labels(rows)
+    assert len(set(labels)) == len(labels)

@@ -57,6 +57,15 @@ def seeds_of(leads: list[float], offloaded: float = 0.05) -> list[tuple[Point, l
     return found
 
 
+def test_a_sweeps_offloaded_begins_from_what_the_ceilings_memories_are_around() -> None:
+    found = [
+        (point, [*rows, {**row("dense", 2.15, point.seed, memory="none"), "trained_with": "lora+kv"}])
+        for point, rows in seeds_of([0.04, 0.05])
+    ]
+    (point,) = summarise(found)["points"]
+    assert point["offloaded"]["value"] == pytest.approx(0.05 + 0.05)
+
+
 def test_closed_and_offloaded_are_means_over_seeds() -> None:
     """(rival - koff) / (rival - ceiling) = mean(0.04, 0.05, 0.06) / 0.2; offloaded as DESIGN defines it."""
     summary = summarise(seeds_of([0.04, 0.05, 0.06]))

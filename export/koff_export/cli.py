@@ -171,7 +171,17 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop,
     )  # fmt: skip
     for row, answer in zip(rows, answers, strict=True):
-        print(json.dumps({**row, "answer": answer}, ensure_ascii=False))
+        text = json.dumps({**row, "answer": answer}, ensure_ascii=False)
+        # for a program to read: escaped where the output cannot hold it, never replaced
+        print(text if _holds(sys.stdout, text) else json.dumps({**row, "answer": answer}))
+
+
+def _holds(stream: Any, text: str) -> bool:
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Session:
@@ -205,13 +215,17 @@ class _Session:
         if memory is not None:
             self.runtime.memory(memory)
         wanted = min(self.args.max_new_tokens, (self.runtime.manifest.context or sys.maxsize) // 4)
+        kept = list(self.messages)
         while True:
-            prompt = template.render(self.messages)
+            prompt = template.render(kept)
             room = self.runtime.room(self.runtime.encode(prompt), memory, wanted)
-            if room == wanted or len(self.messages) < 3:
-                return prompt
-            del self.messages[:2]
-            print("the conversation is full: its oldest turn is forgotten", file=sys.stderr)
+            if room == wanted or len(kept) < 3:
+                break
+            del kept[:2]
+        if room > 0 and len(kept) < len(self.messages):  # else even the message alone is too long
+            print("the conversation is full: its oldest turns are forgotten", file=sys.stderr)
+            self.messages = kept
+        return prompt
 
     def answer(self, prompt: str) -> None:
         args = self.args

@@ -116,13 +116,16 @@ class _Checker:
         for node in _inside(data, node_field):
             self.domain(_text(node, 7))
             for attribute in _inside(node, 5):
-                for field, value in _fields(attribute):
-                    if field in (5, 10) and not isinstance(value, int):  # t, tensors
-                        self.tensor(value)
-                    elif field in (6, 11) and not isinstance(value, int):  # g, graphs
-                        self.graph(value, depth + 1)
-                    elif field in (22, 23) and not isinstance(value, int):  # sparse_tensor, sparse_tensors
-                        self.sparse(value)
+                self.attribute(attribute, depth)
+
+    def attribute(self, data: Buffer, depth: int) -> None:
+        for field, value in _fields(data):
+            if field in (5, 10) and not isinstance(value, int):  # t, tensors
+                self.tensor(value)
+            elif field in (6, 11) and not isinstance(value, int):  # g, graphs
+                self.graph(value, depth + 1)
+            elif field in (22, 23) and not isinstance(value, int):  # sparse_tensor, sparse_tensors
+                self.sparse(value)
 
     def sparse(self, data: Buffer) -> None:
         for field in (1, 2):  # values, indices
@@ -145,6 +148,8 @@ class _Checker:
         self.graph(graphs[0])
         for function in _inside(data, 25):
             self.nodes(function, 7, 0)
+            for attribute in _inside(function, 11):  # attribute_proto: defaults
+                self.attribute(attribute, 0)
 
 
 def check_onnx(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> list[Path]:

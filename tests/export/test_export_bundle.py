@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -226,6 +227,25 @@ def test_a_full_conversation_forgets_its_oldest_turns(exported: Exported) -> Non
         answers.append("".join(runtime.generate(template.render(said), "law", 6)))
         said.append({"role": "assistant", "content": answers[-1]})
     assert done.stdout == "".join(answer + "\n" for answer in answers)
+
+
+def test_a_message_that_is_too_long_costs_no_conversation(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from koff_export.cli import main
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    answers = []
+    for lines in (["what comes next?", "and then?"], ["what comes next?", "x" * 200, "and then?"]):
+        monkeypatch.setattr(sys, "stdin", Terminal("\n".join(lines)))
+        assert main([str(exported.folder), "--chat", "--max-new-tokens", "6", "--threads", "1"]) == 0
+        told = capsys.readouterr()
+        answers.append(told.out)
+        assert "forgotten" not in told.err and ("do not fit" in told.err) == (len(lines) == 3)
+    assert answers[0] == answers[1]
 
 
 def test_what_is_no_text_is_told(exported: Exported, tmp_path: Path) -> None:

@@ -213,6 +213,14 @@ def _sparse_constant(model: onnx.ModelProto) -> None:
     model.graph.node.append(constant)
 
 
+def _functions_default(model: onnx.ModelProto) -> None:
+    tensor = onnx.TensorProto(data_type=onnx.TensorProto.FLOAT, dims=[2, 2])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+    function = model.functions.add(name="f", domain="")
+    function.attribute_proto.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
+
+
 def test_a_field_whose_number_other_readers_cut_off_is_refused(tmp_path: Path) -> None:
     """Protocol buffers keep 32 bits of a tag: this is field 7, the graph, to them, and unknown to us."""
     model = _save(tmp_path / "m.onnx", _external("data")).read_bytes()
@@ -230,6 +238,7 @@ def test_a_field_whose_number_other_readers_cut_off_is_refused(tmp_path: Path) -
     [
         (_twice, "not an ONNX graph"),
         (_sparse_constant, "leads out"),
+        (_functions_default, "leads out"),
         (_custom_op, "evil.ops"),
         (_custom_op_in_a_branch, "evil.ops"),
         (_external("../secret"), "leads out"),
