@@ -18,6 +18,7 @@ from koff_prune.compare import compare as _compare
 from koff_prune.learn import check_processes
 from koff_prune.needs import dry_plan
 from koff_prune.plan import even_plan
+from koff_prune.progress import say
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 from koff_prune.run import Run, finished_run
@@ -65,6 +66,8 @@ def cut(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: b
     """Plan to backbone/ and settled memories/<domain>/ (earlier stages first where needed)."""
     with _open(recipe, out, resume) as run:
         _cut(run)
+        if run.recipe.cut.recover is not None:
+            say("what was recovered lies beside backbone/; the export puts it in: use bundle/")
         return run.folder
 
 

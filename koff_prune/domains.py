@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,9 +163,10 @@ def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None 
     found: dict[str, _Document] = {}  # by the digest of the text
     heldout_keys: set[str] = set()
     read = 0
-    for source in domain.sources:
+    many = isinstance(domain.source, list)
+    for i, source in enumerate(domain.sources):
         given = source.key is not None or source.query is not None
-        for key, text in documents(source, cache=cache):
+        for key, text in _of(f"domains.{name}.source" + f"[{i}]" * many, documents(source, cache=cache)):
             read += 1
             held = _share(key) < domain.split.heldout if source.use == "split" else source.use == "heldout"
             document = found.setdefault(hashlib.sha256(text.encode()).hexdigest(), _Document(text))
@@ -195,6 +196,14 @@ def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None 
         "heldout": len(heldout),
     }
     return Sides(train, heldout, hashlib.sha256("".join(sorted(lines)).encode()).hexdigest(), counts)
+
+
+def _of(place: str, found: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Documents as they come; a complaint names the recipe's key first."""
+    try:
+        yield from found
+    except KoffError as error:
+        raise KoffError(f"{place}: {error}") from error
 
 
 def _share(key: str) -> float:

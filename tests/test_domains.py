@@ -233,3 +233,13 @@ def test_saved_is_loaded(corpus: str, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(KoffError, match="whole safetensors"):
         load_blocks(path)
+
+
+def test_a_complaint_about_a_source_names_its_key(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "good.txt").write_text("plain")
+    sources = [TextSource(path=str(tmp_path / name)) for name in ("good.txt", "bad.txt")]
+    with pytest.raises(KoffError, match=r"domains\.law\.source: .*not UTF-8"):
+        split_documents("law", Domain(source=sources[1]), seed=0)
+    with pytest.raises(KoffError, match=r"domains\.law\.source\[1\]: .*not UTF-8"):
+        split_documents("law", Domain(source=sources), seed=0)
