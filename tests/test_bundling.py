@@ -27,6 +27,7 @@ from koff_export.cli import main as koff_run
 from koff_export.errors import KoffError
 from koff_export.files import read_json
 from koff_export.runtime import Runtime
+from koff_export.ship import ship
 from koff_prune import load_backbone, load_bundle
 from koff_prune.plan import Plan
 
@@ -360,7 +361,7 @@ def test_a_bundle_whose_graphs_an_older_export_made_is_made_anew(
 
 
 def test_one_memory_merged_computes_the_same_without_slots(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = koff_prune(
         capsys, "export", place / "recipe.yaml", "--out", place / "run", "--resume", "--merge", "law"
@@ -378,6 +379,8 @@ def test_one_memory_merged_computes_the_same_without_slots(
         torch_says = load_bundle(merged)(input_ids=torch.tensor([ids])).logits[0].numpy()
     assert np.abs(torch_says - baked.logits(ids)).max() < 1e-3
     assert read_json(merged / "koff.json")["numerics"]["precision"]["int8"]["kl"] > 0
+    ship(merged, tmp_path / "part", "fp32", memories=[])  # what is merged comes along
+    assert greedy(Runtime.open(tmp_path / "part"), ids, None, 8) == greedy(whole, ids, "law", 8)
     # it takes no other memory
     told = koff_prune(capsys, "memory", "add", merged, "--name", "more", "--data", place / "law")
     one_sentence(told, "exported without --merge")
