@@ -185,10 +185,10 @@ class Memories:
 
     def activate(self, domain: str | None) -> None:
         """Attaches one domain's memory, or takes all off (None); what is recovered stays."""
-        wanted = [domain] if domain is not None else []
-        wanted += [RECOVERY] if self.recover is not None else []
+        wanted = [_adapter(domain)] if domain is not None else []
+        wanted += [_adapter(RECOVERY)] if self.recover is not None else []
         for layer in self.lora_layers:  # each has the adapters whose target it is
-            mine = [_adapter(name) for name in wanted if _adapter(name) in layer.lora_A]
+            mine = [name for name in wanted if name in layer.lora_A]
             if mine:
                 layer.set_adapter(mine)
             layer.enable_adapters(bool(mine))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from koff_export.runtime import Runtime
 
 _VALUE = ort.OrtValue.ortvalue_from_numpy
+CHUNK = 256  # tokens a call while a text is read: bounds the logits, [chunk, vocabulary] float32
 _STEP = 256  # tokens that a cache in place grows by, at least
 
 

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from koff_export.adapter import Adapter, Options, open_adapter
 from koff_export.bundle import MERGED_KV, Manifest, check_file, open_manifest
-from koff_export.cached import Cache, CachedText, CacheInPlace, CacheOfGraph
+from koff_export.cached import CHUNK, Cache, CachedText, CacheInPlace, CacheOfGraph
 from koff_export.errors import KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx
@@ -24,8 +24,6 @@ from koff_export.session import check_session, open_session, run_errors
 if TYPE_CHECKING:
     from koff_export.text import ChatTemplate
 
-# Tokens per call while reading a prompt or scoring: bounds the logits, [chunk, vocabulary] float32.
-_CHUNK = 256
 _ADAPTERS = "onnx/memories"
 
 
@@ -234,8 +232,10 @@ class Runtime:
         Raises:
             KoffError: `text` holds halves of characters, as bytes that are no UTF-8 become.
         """
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise KoffError("the text is not valid UTF-8: convert it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise KoffError("the text is not valid UTF-8: convert it") from error
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         # A chat template may have written the token already.
         if bos and self.manifest.bos is not None and ids[:1] != [self.manifest.bos]:
@@ -307,8 +307,8 @@ class Runtime:
         def answer() -> Iterator[int]:
             pending = cached.turn_to(ids)
             for _ in range(room):
-                for at in range(0, len(pending), _CHUNK):
-                    logits = cached.read(pending[at : at + _CHUNK])
+                for at in range(0, len(pending), CHUNK):
+                    logits = cached.read(pending[at : at + CHUNK])
                 token = pick(logits[-1], temperature, top_k, top_p, random)
                 if token in self.manifest.eos:
                     return
@@ -376,19 +376,9 @@ class Runtime:
         Raises:
             KoffError: an unknown memory, or a window that is empty or does not fit.
         """
-        total, count = 0.0, 0
-        for window in windows:
-            self.check_tokens(window, memory)
-            text = CachedText(self, memory)
-            for at in range(0, len(window) - 1, _CHUNK):
-                given = window[at : min(at + _CHUNK, len(window) - 1)]
-                logits = text.read(given)
-                targets = np.asarray(window[at + 1 : at + 1 + len(given)])
-                top = logits.max(axis=1, keepdims=True)
-                log_sum = np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64)) + top[:, 0]
-                total += float((log_sum - logits[np.arange(len(given)), targets]).sum())
-                count += len(given)
-        return total, count
+        from koff_export.scoring import score
+
+        return score(self, windows, memory)
 
     def logits(self, tokens: Sequence[int], memory: str | None = None) -> np.ndarray:
         """Logits after every one of `tokens`, float32 [len(tokens), vocabulary]."""

@@ -125,7 +125,7 @@ def test_a_prompt_may_be_read_in_pieces(
     fused = Runtime.open(bundle.folder, threads=1, profile=profile)
     prompt = [BOS, *range(30, 50)]
     whole = list(fused.generate_tokens(prompt, "both", 6))
-    monkeypatch.setattr("koff_export.runtime._CHUNK", 4)
+    monkeypatch.setattr("koff_export.runtime.CHUNK", 4)
     assert list(fused.generate_tokens(prompt, "both", 6)) == whole
 
 

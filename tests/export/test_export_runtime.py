@@ -107,7 +107,7 @@ def test_score_equals_torch(runtime: Runtime, exported: Exported, monkeypatch: p
         want += float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
     nll, tokens = runtime.score(windows, "law")
     assert tokens == 14 and abs(nll - want) < 1e-3 * want
-    monkeypatch.setattr("koff_export.runtime._CHUNK", 4)
+    monkeypatch.setattr("koff_export.scoring.CHUNK", 4)
     assert runtime.score(windows, "law")[0] == pytest.approx(nll, rel=1e-5)
     off, _ = runtime.score(windows)
     assert abs(off - nll) > 0.1
