@@ -326,7 +326,8 @@ def train(
     try:
         with interruption, ranks.training():
             trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
-        if interruption.asked and trainer.state.global_step < steps:
+            asked = ranks.any_of(interruption.asked)  # after the last step too, so that nothing more begins
+        if asked:
             raise KeyboardInterrupt  # what is done is saved
     finally:
         memories.activate(None)

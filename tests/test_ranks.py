@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ SCRIPT = """
 import json
 import os
 import sys
+import time
 from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
@@ -31,7 +33,7 @@ import koff_prune.learn
 from koff_prune import ranks
 from koff_prune.cli import main
 
-seen, dies_at = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+seen, dies_at, waits_at = Path(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 shared, calls = ranks.share_mean, []
 
 def noting(tensors):
@@ -39,6 +41,10 @@ def noting(tensors):
     calls.append(1)
     if ranks.rank() == 1 and len(calls) == dies_at:
         os._exit(9)
+    if len(calls) == waits_at:
+        (seen / f"waits-{ranks.rank()}").touch()
+        while not (seen / "go").exists():
+            time.sleep(0.01)
     shared(tensors)
     path = seen / f"{ranks.rank()}.pt"
     if not path.exists():
@@ -64,14 +70,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LARGE = sorted((Path(__file__).parents[1] / "recipes").glob("*/accelerate.yaml"))
 
 
-def launching(folder: Path, processes: int, *arguments: object, dies_at: int = 0) -> list[str]:
+def launching(
+    folder: Path, processes: int, *arguments: object, dies_at: int = 0, waits_at: int = 0
+) -> list[str]:
     """The command of `launch`."""
     script, seen = folder / "script.py", folder / f"seen-{processes}"
     script.write_text(SCRIPT)
     seen.mkdir(exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
                 "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
-    rest = map(str, (script, seen, dies_at, *arguments))
+    rest = map(str, (script, seen, dies_at, waits_at, *arguments))
     return [sys.executable, *(launcher if processes > 1 else []), *rest]
 
 
@@ -81,6 +89,12 @@ def launch(
     """`koff-prune` in so many processes; gradients go to <folder>/seen-<processes>/."""
     command = launching(folder, processes, *arguments, dies_at=dies_at)
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=ENVIRONMENT)
+
+
+def until(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Waits for it, or for the process's end."""
+    while not happened() and process.poll() is None:
+        time.sleep(0.01)
 
 
 @pytest.mark.timeout(400)
@@ -179,17 +193,19 @@ def test_a_process_that_dies_loses_no_more_than_a_checkpoint(
 def test_a_stopped_launcher_loses_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGTERM to the launcher: both finish the step, save and leave; until then nobody else enters."""
     recipe, out = (
-        recipe_of(tmp_path, learn={"tokens": 8192, "batch": 4, "checkpoint_steps": 1000}),
+        recipe_of(tmp_path, learn={"tokens": 2048, "batch": 4, "checkpoint_steps": 1000}),
         tmp_path / "run",
     )
-    command = launching(tmp_path, 2, "plan", recipe, "--out", out)
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as launcher:
-        while not (tmp_path / "seen-2" / "0.pt").exists() and launcher.poll() is None:
-            time.sleep(0.005)
+    command = launching(tmp_path, 2, "plan", recipe, "--out", out, waits_at=2)
+    seen, told = tmp_path / "seen-2", tmp_path / "stderr.txt"
+    with told.open("w") as file, subprocess.Popen(command, stderr=file, env=ENVIRONMENT) as launcher:
+        until(lambda: (seen / "waits-0").exists() and (seen / "waits-1").exists(), launcher)
         turned_away = koff_prune(capsys, "plan", recipe, "--out", out, "--resume")
         launcher.send_signal(signal.SIGTERM)
-        errors = launcher.communicate(timeout=200)[1]
+        until(lambda: "stopping once this step is finished" in told.read_text(), launcher)
+        (seen / "go").touch()
+        launcher.wait(timeout=200)
+    errors = told.read_text()
     assert turned_away.code == 2 and "another koff-prune is at work" in turned_away.err
     assert launcher.returncode != 0
     assert errors.count("interrupted: run the same command with --resume") == 1, errors
