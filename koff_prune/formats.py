@@ -85,7 +85,7 @@ def write_onnx(
         say(f"quantising to {name}")
         beside = None  # weights that an earlier profile has are read from there
         for paths in profiles.values():
-            quantize(folder / paths["fp32"], folder / paths[name], bits, beside)
+            quantize(folder / paths["fp32"], folder / paths[name], bits, beside, export.onnx.int4_keeps)
             beside = folder / paths[name]
     if export.onnx.javascript:
         copies = {path: write_required(folder, path) for path in set(precisions.values())}

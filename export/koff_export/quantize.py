@@ -5,8 +5,8 @@ float32, so that it runs wherever the float32 graph does. int8 is the standard's
 front of each product; whoever opens it chooses what that means: ONNX Runtime by itself fuses the two, rounds
 the product's inputs to 8 bits as well and computes in them (`int8_dynamic`: fast, small in memory); told not
 to, it computes the float32 weights once (`int8`: exact, as fast and as large in memory as float32). int4 is
-`MatMulNBits`, inputs rounded to 8 bits, but for the head and the two matrices of a layer that 4 bits hurt
-most for their size: these have 8, as `int8_dynamic`.
+`MatMulNBits`, inputs rounded to 8 bits, but for what `keeps` names, unsaid the head and the two matrices of a
+layer that 4 bits hurt most for their size: these have 8, as `int8_dynamic`.
 
 The embedding has 8 bits in both: words are looked up in bytes, and the few that were are made float32. A tied
 head multiplies with the very same bytes, which stand in the file once.
@@ -36,8 +36,8 @@ logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(lo
 
 BITS = {"fp16": 16, "int8": 8, "int4": 4}  # of the precisions that have a file of their own, beside fp32
 _BLOCK = 32  # weights that share a scale
-# What has 8 bits beside 4: v_proj and down_proj halve what SmolLM2-135M loses, for a seventh of the file.
-_FRAGILE = ("head_weight", "lm_head.weight", "v_proj.weight", "down_proj.weight")
+INT4_KEEPS = ("head", "v_proj", "down_proj")  # in 8 bits: these halve what SmolLM2-135M loses
+_HEAD = {"head": ("head_weight", "lm_head.weight")}  # tied, and its own
 _ROUND_INPUTS = 4  # `MatMulNBits`' accuracy_level: next to nothing beside what 4 bits lose
 _OPSET = 21  # the first whose DequantizeLinear knows blocks
 _ZERO = 128  # what stands for 0 in 8 bits: ONNX Runtime's kernels are made for unsigned ones
@@ -137,6 +137,7 @@ def quantize(
     out_path: str | os.PathLike[str],
     bits: int,
     beside: str | os.PathLike[str] | None = None,
+    keeps: Sequence[str] = INT4_KEEPS,
 ) -> None:
     """Writes a copy in few bits of an exported float32 graph, with its `.data` file beside it.
 
@@ -145,6 +146,7 @@ def quantize(
         out_path: Where to write, e.g. `onnx/model_int8.onnx`.
         bits: 16, 8 or 4.
         beside: A graph of the same bits in the same folder; weights in its data file are read from there.
+        keeps: What has 8 bits instead of 4: head, or the names of a layer's matrices, e.g. down_proj.
 
     Raises:
         KoffError: another number of bits, or the disk refuses.
@@ -163,7 +165,7 @@ def quantize(
         _to_bytes(model, ("",))
         result = model
     else:
-        _to_bytes(model, _FRAGILE)
+        _to_bytes(model, tuple(e for name in keeps for e in _HEAD.get(name, (f"{name}.weight",))))
         quantizer = MatMulNBitsQuantizer(
             model, bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ROUND_INPUTS
         )

@@ -188,6 +188,19 @@ def test_a_tied_head_and_the_embedding_are_the_same_bytes(bundle: Bundle, precis
     assert (places[0] == places[1]) == tied
 
 
+@pytest.mark.parametrize("keeps", [(), ("head",), ("q_proj", "down_proj")])
+def test_int4_keeps_in_8_bits_what_it_is_told(bundle: Bundle, tmp_path: Path, keeps: tuple[str, ...]) -> None:
+    quantize(bundle.folder / "onnx/model.onnx", tmp_path / "few.onnx", 4, keeps=keeps)
+    graph = onnx.load(tmp_path / "few.onnx", load_external_data=False).graph
+    four = [node.name for node in graph.node if node.op_type == "MatMulNBits"]
+    weights = {input for node in graph.node if node.op_type == "MatMulNBits" for input in node.input}
+    layers = len(bundle.model.model.layers)
+    matrices = {"head": 1, **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), layers)}
+    matrices |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), layers)
+    assert len(four) == sum(n for name, n in matrices.items() if name not in keeps)
+    assert not [w for w in weights if any(name in w for name in keeps)]
+
+
 def test_profiles_share_their_weights(bundle: Bundle) -> None:
     data = {name: (bundle.folder / f"onnx/model{name}.onnx.data").stat().st_size for name in ("", "_fp16")}
     assert data["_fp16"] < 0.9 * data[""]  # pages of 4096 bytes weigh in a tiny model
