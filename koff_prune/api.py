@@ -15,7 +15,7 @@ from koff_prune.arms import main_arm
 from koff_prune.bundling import write_bundle
 from koff_prune.chat import tokens
 from koff_prune.compare import compare as _compare
-from koff_prune.learn import check_processes
+from koff_prune.learn import check_processes, check_steps
 from koff_prune.needs import dry_plan
 from koff_prune.plan import even_plan
 from koff_prune.progress import say
@@ -74,6 +74,7 @@ def cut(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: b
 def _prepare(run: Run) -> None:
     # the cheap mistakes first: too short a text or a target out of reach is told before anything is trained
     check_processes(run.recipe.learn)
+    check_steps(run.recipe.learn, run.recipe.step_batches)
     even_plan(run.units, run.recipe.structure)
     export, structure = run.recipe.export, run.recipe.structure
     if "onnx" in export.formats:

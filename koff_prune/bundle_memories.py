@@ -21,6 +21,7 @@ from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, fsync_path, read_json, staged_dir, write_json
 from koff_prune.attach import attach, attach_memory
+from koff_prune.bundle_places import beside, check_places, shipped, unlisted
 from koff_prune.bundling import MEMORY_LEARN, compose_saved
 from koff_prune.cut import load_backbone
 from koff_prune.device import on_device
@@ -31,10 +32,11 @@ from koff_prune.learn import Phase, spends, steps_of, train
 from koff_prune.lock import alone
 from koff_prune.memory import Memories, memory_of_folder, save_memory
 from koff_prune.numerics import CHECKED, TOLERANCE, numerics
-from koff_prune.packing import PACKED, check_spelling, extract
+from koff_prune.packing import PACKED, extract
 from koff_prune.progress import bar, say
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
+from koff_prune.weights import has_weights
 
 # what the manifest tells beyond sizes, where it is known
 _MORE = ("heldout", "trained", "composed", "unpacked")
@@ -55,7 +57,7 @@ def inspect_memory(bundle: Path, name: str) -> dict[str, Any]:
     """
     manifest = open_manifest(bundle)
     told = _told(bundle, manifest, name)
-    raw = read_json(bundle / "koff.json")["domains"][name]
+    raw = manifest.told["domains"][name]
     return {"name": name, **vars(told), **{k: v for k, v in raw.items() if k in _MORE},
             "plan": manifest.plan, "bytes": _bytes(manifest, name),
             "files": {f: manifest.files[f] for f in _files(manifest, name)}}  # fmt: skip
@@ -173,11 +175,15 @@ def remove_memory(bundle: Path, name: str) -> None:
     Raises:
         KoffError: No such memory.
     """
-    manifest = open_manifest(bundle)
-    _told(bundle, manifest, name)
     with alone(bundle):
-        set_domain(bundle, name, None)
-        _delete(bundle, name)
+        manifest = open_manifest(bundle)
+        check_places(bundle, manifest, name)
+        if name not in unlisted(bundle, manifest):
+            _told(bundle, manifest, name)
+            set_domain(bundle, name, None)
+        shutil.rmtree(bundle / "memories" / name, ignore_errors=True)
+        for file in beside(bundle, name):
+            file.unlink(missing_ok=True)
 
 
 def pack_memory(bundle: Path, name: str, target: Path) -> Path:
@@ -189,6 +195,7 @@ def pack_memory(bundle: Path, name: str, target: Path) -> Path:
         KoffError: No such memory, a damaged one, or the target is there already.
     """
     manifest = open_manifest(bundle)
+    check_places(bundle, manifest, name)
     _told(bundle, manifest, name)
     if target.exists():
         raise KoffError(f"{target}: is there already; remove it or name another file")
@@ -196,14 +203,12 @@ def pack_memory(bundle: Path, name: str, target: Path) -> Path:
         raise KoffError(f"{target}: there is no folder {target.parent}; make it, or name another file")
     files = [f for f in _files(manifest, name) if f.startswith("memories/")]
     if not files:
-        raise KoffError(
-            f"{bundle}: was shipped for devices, without what a memory is packed from; use its original"
-        )
+        raise shipped(bundle, "what a memory is packed from")
     for file in files:
         check_file(bundle, manifest, file)
     contents = {
         "format": 1, "name": name, "plan": manifest.plan, "model": manifest.model,
-        "recovery": _recovery(bundle), "told": read_json(bundle / "koff.json")["domains"][name],
+        "recovery": _recovery(manifest), "told": manifest.told["domains"][name],
         "files": {Path(f).name: manifest.files[f] for f in files},
     }  # fmt: skip
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -225,8 +230,8 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
     Raises:
         KoffError: Not a packed memory, a damaged or hostile one, of another plan, or the name is taken.
     """
-    manifest = open_manifest(bundle)
     with alone(bundle):
+        manifest = open_manifest(bundle)
         place = bundle / ".unpacked"
         shutil.rmtree(place, ignore_errors=True)
         try:
@@ -238,7 +243,7 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
                     f"{packed}: memory '{name}' is of plan {contents['plan'][:12]}, {bundle} of"
                     f" {manifest.plan[:12]}; a memory fits the backbone that it was trained on alone"
                 )
-            if contents.get("recovery") != _recovery(bundle):
+            if contents.get("recovery") != _recovery(manifest):
                 raise KoffError(
                     f"{packed}: memory '{name}' was trained on a backbone of another `cut.recover` than"
                     f" {bundle}'s; a memory fits the backbone that it was trained on alone"
@@ -252,19 +257,16 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _recovery(bundle: Path) -> str | None:
+def _recovery(manifest: Manifest) -> str | None:
     """sha256 of what all domains recovered together, which the plan's digest does not tell."""
-    found = read_json(bundle / "koff.json").get("recovery")
+    found = manifest.told.get("recovery")
     return found if isinstance(found, str) else None
 
 
 def _check_name(bundle: Path, manifest: Manifest, name: str, replace: bool) -> None:
-    if manifest.merged is not None:
-        raise KoffError(
-            f"{bundle}: holds the memory of {manifest.merged} merged, and no slots for others; use the bundle"
-            " that was exported without --merge"
-        )
-    check_spelling(name)
+    check_places(bundle, manifest, name)
+    if not has_weights(bundle):
+        raise shipped(bundle, "what a memory is made with")
     taken = next((n for n in manifest.domains if n.casefold() == name.casefold()), None)
     if taken not in (None, name):  # many disks do not tell case apart
         raise KoffError(f"memory '{name}': {bundle} has '{taken}', which differs only in case; name another")
@@ -293,11 +295,11 @@ def _publish(
         raise KoffError(
             f"memory '{name}': what is told of it cannot be written ({error}); {bundle} is as it was"
         ) from error
-    beside: dict[Path, Path] = {}  # files of other formats: where they are written, where they belong
+    others: dict[Path, Path] = {}  # files of other formats: where they are written, where they belong
     try:
         if manifest.graph is not None:
             aside = source.with_name(f".{name}.onnx_adapter.tmp")
-            beside[aside] = bundle / told["adapter"]
+            others[aside] = bundle / told["adapter"]
             write_onnx_memory(source, aside, manifest.graph.layers)
             say("checking ONNX against torch")
             worst = numerics(bundle, (source, aside))["offered"]
@@ -308,29 +310,23 @@ def _publish(
                 )
         if manifest.gguf is not None and told["gguf"]:
             aside = source.with_name(f".{name}.gguf.tmp")
-            beside[aside] = bundle / told["gguf"]
+            others[aside] = bundle / told["gguf"]
             write_gguf_memory(load_backbone(bundle), manifest.gguf.architecture, source, aside)
-        for aside in beside:
+        for aside in others:
             fsync_path(aside)
         with staged_dir(bundle / "memories" / name) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
             # everything is written: from here on there are only renames, and an old one's entry goes first
             if name in manifest.domains:
                 set_domain(bundle, name, None)
-        for aside, target in beside.items():
+        for aside, target in others.items():
             target.parent.mkdir(exist_ok=True)
             aside.rename(target)
     finally:
-        for aside in beside:
+        for aside in others:
             aside.unlink(missing_ok=True)
     set_domain(bundle, name, told)
     return told
-
-
-def _delete(bundle: Path, name: str) -> None:
-    shutil.rmtree(bundle / "memories" / name, ignore_errors=True)
-    (bundle / "onnx" / "memories" / f"{name}.onnx_adapter").unlink(missing_ok=True)
-    (bundle / "gguf" / "memories" / f"{name}.gguf").unlink(missing_ok=True)
 
 
 def _recipe(
@@ -353,7 +349,7 @@ def _recipe(
     if others:
         memory = memory_of_folder(bundle / "memories" / others[0]).model_dump(mode="json")
         memory = {part: value or "none" for part, value in memory.items()}
-    known = read_json(bundle / "koff.json").get("learn", {})  # not in bundles of earlier versions
+    known = manifest.told.get("learn", {})  # not in bundles of earlier versions
     learn = {key: known[key] for key in MEMORY_LEARN if key in known} if isinstance(known, dict) else {}
     made = {
         "version": 1, "model": {"source": str(bundle.resolve())}, "domains": {name: domain},

@@ -18,6 +18,7 @@ from koff_export.files import read_json, sha256_file, staged_dir
 from koff_export.genai import write_genai_config
 from koff_export.hub import FOR_TORCH, local
 from koff_prune.attach import attach, attach_memory
+from koff_prune.bundle_places import shipped, unlisted
 from koff_prune.chat import tokens
 from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
@@ -26,11 +27,12 @@ from koff_prune.lock import alone
 from koff_prune.memory import MEMORY_FILES, RECOVERY, kind_of, load_memory, memory_of_folder, save_memory
 from koff_prune.merge import folding
 from koff_prune.numerics import TOLERANCE, accuracy, numerics
+from koff_prune.pages import infinite
 from koff_prune.plan import Plan
 from koff_prune.progress import say
 from koff_prune.recipe import Memory
 from koff_prune.units import read_units
-from koff_prune.weights import INDEX, Weights, copy_weights
+from koff_prune.weights import INDEX, Weights, copy_weights, has_weights
 
 if TYPE_CHECKING:
     from koff_prune.run import Run
@@ -78,6 +80,8 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         for name, told in _told(target).get("domains", {}).items()
         if name not in recipe.domains or {"trained", "composed", "unpacked"} & told.keys()
     ]
+    if (target / "koff.json").exists():
+        added += [name for name in unlisted(target, open_manifest(target)) if name not in recipe.domains]
     added += [place.name.removeprefix(".adding-") for place in target.glob(".adding-*")]
     if added:
         raise KoffError(
@@ -214,6 +218,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
     folder = local(folder)
     manifest = open_manifest(folder)
     check_files(folder, manifest)
+    if not has_weights(folder):
+        raise shipped(folder, "the weights that ONNX is checked against; its files are as koff.json says")
     plan = Plan.load(folder / "plan.json")
     if plan.digest != manifest.plan:
         raise KoffError(f"{folder}: plan.json is not the plan that koff.json names; export the bundle again")
@@ -265,12 +271,13 @@ def _card(run: Run, plan: Plan, domains: dict[str, Any]) -> str:
     from koff_prune.evaluate import perplexities
 
     table = [("with its memory", "losses.json"), ("memories off", "losses-off.json")]
-    found = [(label, read_json(run.folder / f)) for label, f in table if (run.folder / f).exists()]
+    found = [(label, infinite(read_json(run.folder / f))) for label, f in table if (run.folder / f).exists()]
+    counts = {name: blocks.heldout_counts for name, blocks in run.domains.items()}
     if found:
         lines += ["", "Perplexity on held-out text:", "", "| | " + " | ".join([*found[0][1], "gmean"]) + " |",
                   "| --- |" + " --- |" * (len(found[0][1]) + 1)]  # fmt: skip
         for label, losses in found:
-            values = perplexities(losses)
+            values = perplexities(losses, counts)
             lines.append(f"| {label} | " + " | ".join(f"{v:.2f}" for v in values.values()) + " |")
     lines += ["", "```python", "from koff_prune import load_bundle",
               f'model = load_bundle("this folder", memory={next(iter(domains), None)!r})',

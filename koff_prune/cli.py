@@ -317,9 +317,12 @@ def _print_table(folder: Path) -> None:
     from rich.console import Console
 
     from koff_export.files import read_json
+    from koff_prune.pages import infinite
     from koff_prune.report import render_table
 
     report = read_json(folder / "report.json")
+    for row in report["rows"]:
+        row["perplexity"] = infinite(row["perplexity"])
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(render_table(report["rows"]))
     for note in report["notes"]:

@@ -8,7 +8,7 @@ from koff_export.files import read_json
 from koff_prune import ranks
 from koff_prune.arms import Arm, main_arm
 from koff_prune.evaluate import perplexities
-from koff_prune.learn import steps_of
+from koff_prune.learn import steps_of_both
 from koff_prune.memory import kind_of, load_memory
 from koff_prune.report import render_table, write_report
 from koff_prune.run import versions
@@ -19,6 +19,7 @@ from koff_prune.stages import (
     losses_of,
     overlap,
     plan_arm,
+    start_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -41,9 +42,12 @@ def compare(run: Run) -> list[dict[str, Any]]:
     if run.recipe.memory.kind != "none":
         rows.append(_row(run, main_arm(run), run.folder, attached=False))
     seen = {(main_arm(run), True), (main_arm(run), False), (Arm("dense"), False)}
+    answers: dict[tuple[Arm, bool], list[str]] = {}
     for asked in run.recipe.compare:
         arm = arm_of(asked, run)
         attached = arm.trained_with != "none"
+        if asked.ranking is not None:
+            answers.setdefault((arm, attached), []).append(asked.ranking)
         if (arm, attached) in seen:
             continue
         seen.add((arm, attached))
@@ -51,6 +55,8 @@ def compare(run: Run) -> list[dict[str, Any]]:
         if arm.method == "koff":
             learn_arm(run, arm, place)
         rows.append(_row(run, arm, place, attached=attached))
+        if (arm, attached) in answers:
+            rows[-1]["asked"] = answers[arm, attached]
         if arm.method == "dense" and run.recipe.cut.recover is not None:  # what `offloaded` begins from
             rows.append(_row(run, arm, place, attached=False))
     with ranks.turn():
@@ -69,9 +75,10 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
     losses = losses_of(run, arm, folder, attached, main=folder == run.folder)
     plan = None if arm.method == "dense" else plan_arm(run, arm, folder)
     learn, batches = recipe.learn, recipe.step_batches
+    joint_steps, settling = steps_of_both(learn, batches)
     learned, settled, alone = (
-        steps_of(tokens, learn, batches) * learn.window * learn.batch * batches
-        for tokens in (learn.tokens, learn.settle_tokens, learn.tokens + learn.settle_tokens)
+        steps * learn.window * learn.batch * batches
+        for steps in (joint_steps, settling, joint_steps + settling)
     )
     joint = arm.method == "koff" and arm.learned_with == arm.trained_with
     size = 0
@@ -81,6 +88,7 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
         kind = kind_of(first)
         size = sum(t.numel() for part in first.values() for t in part.values())
     needs_scores = arm.method not in ("dense", "magnitude", "random") or arm.compensate != "none"
+    counts = {name: b.heldout_counts for name, b in run.domains.items()}
     times = read_json(folder / "times.json") if (folder / "times.json").exists() else {}
     tokens = {
         "score": sum(b.scoring.numel() for b in run.domains.values()) if needs_scores else 0,
@@ -104,12 +112,13 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
         "plan": plan.digest if plan else None,
         "seed": recipe.seed,
         "tokens": tokens,
-        "perplexity": perplexities(losses),
+        "perplexity": perplexities(losses, counts),
         "eval": {"window": recipe.evaluate.window,
                  "tokens_per_domain": min(b.heldout.numel() for b in run.domains.values())},
         "parameters": {"backbone": plan.parameters["slim"] if plan else run.units.parameters, "memory": size},
         "seconds": round(sum(times.values()), 1),
         "nll": losses,
+        "counts": counts,
         "documents": {name: b.heldout_documents for name, b in run.domains.items()},
     }  # fmt: skip
     if arm.gates:
@@ -134,7 +143,7 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
     if recipe.learn.gates.start != "constant":
         start = load_gates(run, arm, run.folder, "start")
         removed = int((~gates.mask(gates.kept())).sum())
-        shared = {"start": recipe.learn.gates.start, "share": overlap(start, gates), "removed": removed}
+        shared = {"start": start_of(arm), "share": overlap(start, gates), "removed": removed}
     plans = {"dense": [layer.ffn_neurons for layer in run.units.layers],
              "koff": plan_arm(run, arm, run.folder).widths_of("ffn_neurons")}  # fmt: skip
     for asked in recipe.compare:
@@ -146,13 +155,16 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
     for phase in ("learning", "settling"):
         path = run.folder / "checkpoints" / phase / "log.json"
         log += read_json(path) if path.exists() else []
+    begun, now = read_json(run.folder / "run.json")["versions"], versions()
+    changed = [f"{name} {begun.get(name)} to {v}" for name, v in now.items() if begun.get(name) != v]
+    notes = [f"Rows were made under different versions: {', '.join(changed)}."] if changed else []
     write_report(
         run.folder,
         model=run.model_identity,
         recipe_digest=run.digest,
-        versions=versions(),
+        versions=begun,
         rows=rows,  # type: ignore[arg-type]
-        notes=[],
+        notes=notes,
         overlap=shared,
         plans=plans,
         log=log,

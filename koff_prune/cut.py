@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from koff_export.errors import KoffError
 from koff_export.files import read_json
+from koff_prune.architecture import EXPECTED, PROVEN
 from koff_prune.compensate import Compensation, removed
 from koff_prune.plan import Kept, Plan
 from koff_prune.units import Units, decoder_layers, ffn_group, head_channels, prune_kv_groups, read_units
@@ -185,10 +186,15 @@ def load_backbone(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
         raise KoffError(f"{folder}: holds no backbone (config.json and {WEIGHTS} or its index are needed)")
     weights = Weights.open(folder)
     try:
+        told = read_json(folder / "config.json")
+        if (kind := told.get("model_type")) not in PROVEN + EXPECTED:
+            raise KoffError(
+                f"{folder}/config.json: a model of type {kind!r} has no known units: not a backbone"
+            )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-            if read_json(folder / "config.json").get("per_layer_config"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            if told.get("per_layer_config"):
                 for i, layer in enumerate(model.model.layers):
                     model.model.layers[i] = type(layer)(config.per_layer_config[i], i)
     except KoffError:

@@ -69,6 +69,11 @@ class DomainBlocks:
     digest: str
     documents: dict[str, int]
 
+    @property
+    def heldout_counts(self) -> list[int]:
+        """Of each held-out window, how many tokens are predicted."""
+        return (self.heldout[:, 1:] >= 0).sum(1).tolist()
+
 
 @dataclass
 class _Document:
@@ -125,7 +130,7 @@ def load_domain(
     prefill = recipe.memory.kv.tokens if recipe.memory.kv else 0
     least = {
         "learn.window": learn.window - lead,
-        "scoring.tokens": scoring_windows * (scoring.window - lead),
+        _size_key("scoring", scoring): scoring_windows * (scoring.window - lead),
         "memory.kv.tokens": max(0, prefill - lead),
     }
     key = max(least, key=least.__getitem__)
@@ -134,7 +139,7 @@ def load_domain(
     _need(name, "training", train, sides.train, key, least[key])
     wanted = heldout_windows * (evaluate.window - lead)
     heldout, owners = _stream(sides.heldout, tokenizer, wanted, _PIECE * evaluate.window, recipe.seed)
-    _need(name, "held-out", heldout, sides.heldout, "evaluate.tokens", wanted)
+    _need(name, "held-out", heldout, sides.heldout, _size_key("evaluate", evaluate), wanted)
     used = {"train_used": len(sources.unique()), "heldout_used": len(owners.unique())}
     start = train if bos is None else torch.cat([torch.tensor([bos]), train])
     held = _windows(heldout, evaluate.window, heldout_windows, bos)
@@ -161,7 +166,6 @@ def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None 
         KoffError: No documents, or none on one of the sides.
     """
     found: dict[str, _Document] = {}  # by the digest of the text
-    heldout_keys: set[str] = set()
     read = 0
     many = isinstance(domain.source, list)
     for i, source in enumerate(domain.sources):
@@ -174,7 +178,10 @@ def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None 
             document.keys.add(key)
             if given:
                 document.given.add(key)
-                heldout_keys |= {key} if held else set()
+    heldout_keys: set[str] = set()
+    for document in found.values():
+        if document.held:  # under whichever of its keys; other texts of the others stay out as well
+            heldout_keys |= document.given
     sides: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
     lines, leaks = [], 0
     for digest, document in found.items():
@@ -273,6 +280,11 @@ def pieces(text: str, size: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _size_key(section: str, asked: Any) -> str:
+    """Which key of a section decides how much text it needs: one window is needed at least."""
+    return f"{section}.{'tokens' if asked.tokens >= asked.window else 'window'}"
 
 
 def _need(name: str, side: str, stream: torch.Tensor, texts: list[str], key: str, needed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn import functional
@@ -45,9 +45,17 @@ def window_losses(
     return losses
 
 
-def perplexities(losses: Mapping[str, list[float]]) -> dict[str, float]:
-    """Per domain exp(mean nats per token), or infinity for no number; their geometric mean as `gmean`."""
-    means = {name: sum(values) / len(values) for name, values in losses.items()}
+def perplexities(losses: Mapping[str, list[float]], counts: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Per domain exp(mean nats per token), or infinity for no number; their geometric mean as `gmean`.
+
+    Args:
+        losses: Per domain, `window_losses`.
+        counts: Per domain, the predicted tokens of every window.
+    """
+    means = {
+        name: sum(value * n for value, n in zip(values, counts[name], strict=True)) / sum(counts[name])
+        for name, values in losses.items()
+    }
     means["gmean"] = sum(means.values()) / len(means)
     # beyond what a float holds, and where a model gave no number at all
     return {name: math.exp(value) if value < _MOST else math.inf for name, value in means.items()}

@@ -34,6 +34,7 @@ def check_gguf(path: Path) -> None:
         UnicodeDecodeError,
         MemoryError,
         TypeError,
+        RecursionError,
     ) as error:
         raise KoffError(f"{path} is a truncated or damaged GGUF file: fetch it again") from error
     if end == 0 or end > path.stat().st_size:

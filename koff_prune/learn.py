@@ -207,7 +207,29 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def steps_of(tokens: int, learn: Learn, batches: int) -> int:
     """Optimizer steps of so many micro-batches that `tokens` over all domains make, to the nearest."""
-    return round(tokens / (learn.window * learn.batch * batches))
+    return int(tokens / (learn.window * learn.batch * batches) + 0.5)
+
+
+def steps_of_both(learn: Learn, batches: int) -> tuple[int, int]:
+    """Steps of joint learning and of settling, together as many as a rival's one training of all tokens."""
+    joint = steps_of(learn.tokens, learn, batches)
+    return joint, steps_of(learn.tokens + learn.settle_tokens, learn, batches) - joint
+
+
+def check_steps(learn: Learn, batches: int) -> None:
+    """Whether tokens that were asked for make a step at all.
+
+    Raises:
+        KoffError: They do not.
+    """
+    step = learn.window * learn.batch * batches
+    asked = {"learn.tokens": learn.tokens, "learn.settle_tokens": learn.settle_tokens}
+    for (key, tokens), steps in zip(asked.items(), steps_of_both(learn, batches), strict=True):
+        if tokens and not steps:
+            raise KoffError(
+                f"{key}: {tokens} make no step of {step} tokens (learn.window x learn.batch x domains):"
+                " raise it, lower learn.batch, or set 0"
+            )
 
 
 def spends(learn: Learn) -> bool:

@@ -88,8 +88,9 @@ class Learner(nn.Module):
         if not said.all():
             out, labels = out[said], labels[said]
             teacher = teacher[said] if teacher is not None else None
+        share = ranks.share_of(int(said.sum()))
         parts = {"ce": self.loss.ce, "kl": self.loss.kl} if teacher is not None else {"ce": 1.0, "kl": 0.0}
-        loss = head_loss(out, head, labels, teacher, **parts)
+        loss = head_loss(out, head, labels, teacher, **parts) * share  # a token weighs the same everywhere
         finite = math.isfinite(value := float(loss.detach()))
         if ranks.sharded() and self.skips:  # the backward pass needs all: they skip together
             finite = not ranks.any_of(not finite)

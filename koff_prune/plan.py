@@ -19,6 +19,7 @@ from koff_prune.recipe import Structure
 if TYPE_CHECKING:
     import torch
 
+_SHIFTS = 8  # KV groups more or fewer that are tried before a target counts as out of reach
 TOLERANCE = 0.002  # of sparsity: what nothing reachable may miss the target by
 Scores = dict[UnitKind, list["torch.Tensor"]]
 """Per kind and layer, float [units]: higher means keep, already divided by cost where kinds are compared."""
@@ -183,22 +184,32 @@ def choose(
     """The kept indices whose removed parameters come nearest to `target`: KV groups first, the FFN fills.
 
     The removed parameters differ from target * N by at most half a step, where a step is round_to * c_ffn
-    (widths per_layer) or layers * round_to * c_ffn (uniform).
+    (widths per_layer) or layers * round_to * c_ffn (uniform). Where the FFN cannot fill what the groups leave
+    to within `TOLERANCE`, as many groups more or fewer go as it takes.
     """
-    budget = target * units.denominator(structure.of)
-    kept = all_kept(units)
+    whole = units.denominator(structure.of)
+    budget = target * whole
     if per_layer and structure.widths != "uniform":
+        kept = all_kept(units)
         _take_evenly(kept, scores, units, structure, budget)
         return kept
-    if "kv_groups" in structure.units:
-        _drop_kv_groups(kept, scores, units, structure, budget)
-    if "ffn_neurons" in structure.units:
-        rest = budget - removed_parameters(kept, units)
-        if structure.widths == "uniform":
-            _fill_uniform(kept, scores, units, structure, rest)
-        else:
-            _fill_global(kept, scores, units, structure, rest)
-    return kept
+    both = len(structure.units) > 1
+    shifts = [0, *(s for n in range(1, _SHIFTS + 1) for s in (-n, n))] if both else [0]
+    found: list[tuple[float, Kept]] = []
+    for shift in shifts:
+        kept = all_kept(units)
+        if "kv_groups" in structure.units:
+            _drop_kv_groups(kept, scores, units, structure, budget, shift)
+        if "ffn_neurons" in structure.units:
+            rest = budget - removed_parameters(kept, units)
+            if structure.widths == "uniform":
+                _fill_uniform(kept, scores, units, structure, rest)
+            else:
+                _fill_global(kept, scores, units, structure, rest)
+        found.append((abs(removed_parameters(kept, units) - budget), kept))
+        if found[-1][0] <= TOLERANCE * whole:
+            break
+    return min(found, key=lambda one: one[0])[1]
 
 
 def _take_evenly(kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float) -> None:
@@ -220,11 +231,13 @@ def _take_evenly(kept: Kept, scores: Scores, units: Units, structure: Structure,
             stay[kind] = [j for j in stay[kind] if j not in set(units_gone)]
 
 
-def _drop_kv_groups(kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float) -> None:
+def _drop_kv_groups(
+    kept: Kept, scores: Scores, units: Units, structure: Structure, budget: float, shift: int
+) -> None:
     """Removes the KV groups that fall under the budget when all units stand in one ranking.
 
     Under uniform widths every layer has a ranking and a share of the budget of its own, and the mean count
-    counts.
+    counts. `shift` groups more go (in every layer, if uniform), as far as there are some.
     """
     count = len(units.layers)
     alone = structure.units == ["kv_groups"]
@@ -232,10 +245,15 @@ def _drop_kv_groups(kept: Kept, scores: Scores, units: Units, structure: Structu
         each = [_fallen_groups([i], scores, units, structure, budget / count)[i] for i in range(count)]
         cost = sum(layer.kv_cost for layer in units.layers)
         most = units.layers[0].kv_groups if alone else int(budget // cost)
+        most = min(most, units.layers[0].kv_groups - 1)
         same = _uniform_kv_count(sum(map(len, each)), most, units)
+        if shift:
+            same = _uniform_kv_count(max(0, same + shift) * count, most, units)
         lost = [_ascending(s)[:same].tolist() for s in scores["kv_groups"]]
     else:
         lost = _fallen_groups(list(range(count)), scores, units, structure, budget)
+        if shift:
+            lost = _lowest_groups(sum(map(len, lost)) + shift, scores, units)
     for layer, gone in zip(kept, lost, strict=True):
         layer["kv_groups"] = [j for j in layer["kv_groups"] if j not in set(gone)]
 
@@ -263,6 +281,19 @@ def _fallen_groups(
         spent += cost
         if kind == "kv_groups":
             lost[i].append(j)
+    return lost
+
+
+def _lowest_groups(number: int, scores: Scores, units: Units) -> list[list[int]]:
+    """Per layer, those of the `number` lowest-scored KV groups that leave every layer one."""
+    entries = sorted(
+        (float(value), i, j) for i, s in enumerate(scores["kv_groups"]) for j, value in enumerate(s.tolist())
+    )
+    lost: list[list[int]] = [[] for _ in units.layers]
+    for _, i, j in entries:
+        if number > 0 and len(lost[i]) < units.layers[i].kv_groups - 1:
+            lost[i].append(j)
+            number -= 1
     return lost
 
 

@@ -95,6 +95,21 @@ def speaks() -> bool:
     return _State.rank == 0 or _State.training
 
 
+def _wait() -> None:
+    """For the others; where one of them is gone, it has said why."""
+    try:
+        distributed.barrier()
+    except RuntimeError as error:
+        raise _lost() from error
+
+
+def _lost() -> KoffError:
+    _State.lost = True
+    return KoffError(
+        f"process {_State.rank} of {_State.world} lost another; see its message, then use --resume"
+    )
+
+
 @contextmanager
 def turn() -> Iterator[None]:
     """The first process does the block while the others wait; then they do it, and find its files."""
@@ -104,11 +119,11 @@ def turn() -> Iterator[None]:
             yield
             return
         if _State.rank:
-            distributed.barrier()
+            _wait()
         yield
         if not _State.rank:
-            distributed.barrier()
-        distributed.barrier()  # nobody runs ahead into what the others still read
+            _wait()
+        _wait()  # nobody runs ahead into what the others still read
     finally:
         _State.depth -= 1
 
@@ -122,10 +137,7 @@ def training() -> Iterator[None]:
     except RuntimeError as error:
         # gloo tells a lost neighbour as a RuntimeError of its sockets
         if _State.world > 1 and any(word in str(error) for word in ("gloo", "Connection", "recv", "peer")):
-            _State.lost = True
-            raise KoffError(
-                f"process {_State.rank} of {_State.world} lost another; see its message, then use --resume"
-            ) from error
+            raise _lost() from error
         raise
     _State.training = False
 
@@ -151,6 +163,15 @@ def any_of(answer: bool) -> bool:
     told = torch.tensor([int(answer)])
     distributed.all_reduce(told)
     return bool(told)
+
+
+def share_of(count: int) -> float:
+    """What this process has of a mean process's tokens: 1 where all have `count`."""
+    if _State.world == 1:
+        return 1.0
+    total = torch.tensor([count])
+    distributed.all_reduce(total)
+    return count * _State.world / max(1, int(total))
 
 
 def share_mean(tensors: Iterable[torch.Tensor]) -> None:

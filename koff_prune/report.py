@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Row", "render_table", "row_label", "write_report"]
 
-_INTERNAL = ("nll", "documents")  # of a row: large, and only needed for intervals
+_INTERNAL = ("nll", "counts", "documents", "asked")  # of a row: large, and only needed for intervals
 
 
 def write_report(

@@ -25,7 +25,6 @@ from koff_export.errors import KoffError
 from koff_export.files import disk_errors, read_json, recover, recover_below, write_json, write_text
 from koff_prune import ranks
 from koff_prune.architecture import native_dtype
-from koff_prune.chat import tokens
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Recipe
 
@@ -222,7 +221,7 @@ class Run:
         for name, blocks in result.items():
             lines = folder / f"{name}.heldout.jsonl"
             if not lines.exists():  # the very windows of the report, for `koff-run --score`
-                text = "".join(json.dumps({"tokens": w}) + "\n" for w in tokens(blocks.heldout).tolist())
+                text = "".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist())
                 write_text(lines, text)
         return result
 

@@ -22,7 +22,7 @@ from koff_prune.cut import copy_tokenizer, cut, cut_on_disk, load_backbone, save
 from koff_prune.device import on_device
 from koff_prune.evaluate import window_losses
 from koff_prune.gates import RE_ESTIMATED, Gates
-from koff_prune.learn import Phase, spends, steps_of, train, whole_checkpoints
+from koff_prune.learn import Phase, spends, steps_of, steps_of_both, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.pages import finite, infinite
 from koff_prune.plan import Plan, Scores, make_plan
@@ -88,8 +88,8 @@ def better_ranking(run: Run, method: str, compensate: str) -> str:
                     losses[ranking] = sum(
                         sum(window_losses(bare, b.scoring, None, progress)) for b in run.domains.values()
                     )
-            write_json(path, losses)
-        found: dict[str, float] = read_json(path)
+            write_json(path, finite(losses))
+        found: dict[str, float] = infinite(read_json(path))
     return min(found, key=found.__getitem__)
 
 
@@ -111,6 +111,11 @@ def train_windows(run: Run) -> dict[str, torch.Tensor]:
     return {name: blocks.train for name, blocks in run.domains.items()}
 
 
+def start_of(arm: Arm) -> str | None:
+    """What an arm's gates begin from: without compensation, `curvature` is what is left of `surgeon`."""
+    return "curvature" if arm.compensate == "none" and arm.gates_start == "surgeon" else arm.gates_start
+
+
 def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
     """Joint training: writes gates.safetensors and learned/<domain>/ (around the dense model)."""
     if ranks.agree((folder / "gates.safetensors").exists()):
@@ -120,8 +125,7 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
         update={"form": arm.gates, "learning_rate": arm.gates_rate, "start": arm.gates_start}
     )
     learn = recipe.learn.model_copy(update={"gates": gates_section})
-    if arm.compensate == "none" and gates_section.start == "surgeon":  # nothing takes over: what is left
-        gates_section = gates_section.model_copy(update={"start": "curvature"})
+    gates_section = gates_section.model_copy(update={"start": start_of(arm)})
     start, prior, information = _start(run, gates_section)
     scored = sum(b.scoring.numel() for b in run.domains.values())
     gates = Gates(
@@ -276,8 +280,10 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
             for name in memories.names:
                 learned = load_memory(folder / "learned" / name)
                 memories.load(name, slice_memory(learned, plan, run.units))
-            phase = Phase(learn.settle_tokens, _joint_share(learn), 1.0)
-            first, label = steps_of(learn.tokens, learn, run.recipe.step_batches), "settling"
+            batches = run.recipe.step_batches
+            first, settling = steps_of_both(learn, batches)
+            phase = Phase(settling * learn.window * learn.batch * batches, _joint_share(learn), 1.0)
+            label = "settling"
         else:
             phase, first, label = Phase(learn.tokens + learn.settle_tokens, 0.0, 1.0), 0, "training memories"
         train_logged(run, memories, train_windows(run), learn, phase, folder, label, first=first)
@@ -336,14 +342,21 @@ def train_logged(
             progress(step_tokens, note)
             log.append({"phase": label, "step": step, "loss": round(loss, 5), "sparsity": sparsity,
                         "tokens_per_second": round(progress.rate, 1)})  # fmt: skip
-            if not ranks.rank() and (step % learn.checkpoint_steps == 0 or step == steps):
+            if step % learn.checkpoint_steps == 0:
+                save()
+
+        def save() -> None:
+            if log and not ranks.rank():
                 place.mkdir(parents=True, exist_ok=True)
                 write_json(log_path, log)
 
-        train(
-            memories, windows, learn, phase, place, sparsity=structure.sparsity, seed=run.recipe.seed,
-            report=report, weights={n: d.weight for n, d in run.recipe.domains.items()}, **options,
-        )  # fmt: skip
+        try:
+            train(
+                memories, windows, learn, phase, place, sparsity=structure.sparsity, seed=run.recipe.seed,
+                report=report, weights={n: d.weight for n, d in run.recipe.domains.items()}, **options,
+            )  # fmt: skip
+        finally:
+            save()  # an interruption saves its step too
     return log
 
 

@@ -29,7 +29,6 @@ from koff_prune.verdict import (
     is_dense,
     mean_nats,
     resample,
-    row_label,
     row_labels,
     same_budget,
 )
@@ -91,13 +90,17 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def _by_label(rows: Sequence[Row]) -> dict[str, Row]:
-    """Rows by what they are called in every seed: which of its rankings a rival took may differ by seed."""
-    unranked: list[Any] = [{**r, "ranking": None} if r["memory"] != "none" else r for r in rows]
-    names = [(row_label(r), r["compensate"]) for r in unranked]
-    # where both rankings stand side by side, they were asked for by name
-    named = [row if names.count(name) > 1 else bare
-             for row, bare, name in zip(rows, unranked, names, strict=True)]  # fmt: skip
-    return dict(zip(row_labels(named), rows, strict=True))
+    """Rows by what they are called in every seed: which ranking was a rival's better one may differ by seed.
+
+    A row that was asked for as the better ranking and by name stands under both names.
+    """
+    named: list[Any] = []
+    meant: list[Row] = []
+    for row in rows:
+        for asked in row.get("asked") or ["better" if row["memory"] != "none" else "by name"]:
+            named.append({**row, "ranking": None} if asked == "better" else row)
+            meant.append(row)
+    return dict(zip(row_labels(named), meant, strict=True))
 
 
 def _over_seeds(label: str, tables: Sequence[dict[str, Row]]) -> dict[str, Any]:
@@ -200,7 +203,8 @@ def _tests(
         test: dict[str, Any] = {**where, "against": label, "seeds": len(leads), "lead": float(np.mean(leads))}
         if len(leads) > 1:
             for side, name in (("greater", "p_better"), ("less", "p_worse")):
-                test[name] = float(ttest_1samp(leads, 0.0, alternative=side).pvalue)
+                # the same arm by another name leads by nothing in every seed: no test, and no difference
+                test[name] = float(ttest_1samp(leads, 0.0, alternative=side).pvalue) if any(leads) else 1.0
         result.append(test)
     return result
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from koff_prune.recipe import BASELINES
 
+_LEARNED = {"lora": "learned with LoRA only", "kv": "learned with KV only", "lora+kv": "learned with both"}
 RESAMPLES = 2000
 SEED = 20
 _FEW_DOCUMENTS = 5  # below so many in a domain an interval is rough, and the report says so
@@ -40,7 +41,11 @@ class Row(TypedDict):
     parameters: dict[str, int]
     seconds: float
     note: NotRequired[str]  # what tells this row from one that the keys above do not tell apart
+    asked: NotRequired[
+        list[str]
+    ]  # rankings that the recipe asked for and this row answers: better, global, …
     nll: NotRequired[dict[str, list[float]]]  # per domain, the mean nats per token of every window
+    counts: NotRequired[dict[str, list[int]]]  # per domain, the predicted tokens of every window
     documents: NotRequired[dict[str, list[int]]]  # per domain, the document of every window
 
 
@@ -111,10 +116,8 @@ def row_label(row: Row) -> str:
         words = ["koff", part]
         if off:
             words = ["koff", "bare" if row["trained_with"] == "none" else "memories off"]
-        if off and row["learned_with"] in ("lora", "kv"):
-            words.append(
-                {"lora": "learned with LoRA only", "kv": "learned with KV only"}[row["learned_with"]]
-            )
+        if (off and row["learned_with"] in ("lora", "kv")) or (not off and row["learned_with"] != memory):
+            words.append(_LEARNED.get(row["learned_with"] or ""))
     else:
         ranking = {"global": "global ranking", "per_layer": "per-layer ranking"}.get(row["ranking"] or "")
         bare = "bare" if row["trained_with"] == "none" else "memories off"
@@ -161,16 +164,7 @@ def cast(rows: Sequence[Row]) -> Cast:
         return Cast(dense, None, None, None, None, None)
     koff = max(joint, key=lambda r: r["memory"].count("+"))  # the first of equals: ablations come after
     kind = koff["memory"]
-    off = _first(
-        plain,
-        lambda r: (
-            r["memory"] == "none"
-            and all(
-                r[k] == koff[k]
-                for k in ("method", "learned_with", "trained_with", "plan", "gates", "compensate", "seed")
-            )
-        ),
-    )
+    off = _first(plain, lambda r: _is_off(r, koff))
     same_seed = [r for r in plain if r["seed"] == koff["seed"] and r["memory"] == r["trained_with"] == kind]
     ceiling = _first(same_seed, lambda r: r["method"] == "dense")
     rivals = [r for r in same_seed if r["method"] in BASELINES and same_budget(r, koff)]
@@ -180,6 +174,12 @@ def cast(rows: Sequence[Row]) -> Cast:
     ]
     around = _first(bare, lambda r: r["trained_with"] == kind)
     return Cast(dense, around or dense, koff, off, ceiling, rival)
+
+
+def _is_off(row: Row, koff: Row) -> bool:
+    """Whether this is koff's row with its memories off."""
+    same = ("method", "learned_with", "trained_with", "plan", "gates", "compensate", "seed")
+    return row["memory"] == "none" and all(row.get(k) == koff.get(k) for k in same)
 
 
 def judge(rows: Sequence[Row]) -> Verdict:
@@ -264,7 +264,7 @@ def _against(rows: Sequence[Row], koff: Row, labels: dict[int, str]) -> list[str
         if r is not koff
         and r["swap"] is None
         and same_budget(r, koff, compensated=False)
-        and (r["method"] in BASELINES or (r["method"] == "koff" and r["plan"] != koff["plan"]))
+        and (r["method"] in BASELINES or (r["method"] == "koff" and not _is_off(r, koff)))
     ]
     lost, level = [], []
     for other in others:
@@ -334,7 +334,7 @@ def resample(rows: Sequence[Row]) -> np.ndarray | None:
     """Mean log-perplexity of every row in every resample, [rows, RESAMPLES].
 
     Within a domain, as many documents as there are drawn with replacement, the same ones for all rows; a
-    domain's loss is the mean over the windows of what was drawn. None where rows carry no losses per window,
+    domain's loss is the mean over the tokens of what was drawn. None where rows carry no losses per window,
     not of the same documents, or infinite ones, and where a domain has one document alone, which is all that
     could be drawn.
     """
@@ -345,10 +345,13 @@ def resample(rows: Sequence[Row]) -> np.ndarray | None:
     total = np.zeros((len(rows), RESAMPLES))
     for name in sorted(documents):
         known, owner = np.unique(documents[name], return_inverse=True)
-        windows = np.bincount(owner)
-        sums = np.array([np.bincount(owner, weights=r["nll"][name]) for r in rows])
+        counts = np.array(
+            rows[0].get("counts", {}).get(name, np.ones(len(owner)))
+        )  # windows are of one length
+        tokens = np.bincount(owner, weights=counts)
+        sums = np.array([np.bincount(owner, weights=counts * r["nll"][name]) for r in rows])
         if len(known) < 2 or not np.isfinite(sums).all():
             return None
         drawn = generator.multinomial(len(known), np.full(len(known), 1 / len(known)), size=RESAMPLES)
-        total += (sums @ drawn.T) / (drawn @ windows)
+        total += (sums @ drawn.T) / (drawn @ tokens)
     return total / len(documents)

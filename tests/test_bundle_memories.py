@@ -16,9 +16,11 @@ from model_helpers import tiny_config, token_ids
 from run_helpers import koff_prune, recipe_of
 
 import koff_prune as package
-from koff_export.bundle import check_files, open_manifest
+from koff_export.bundle import check_files, open_manifest, set_domain
+from koff_export.errors import KoffError
 from koff_export.files import sha256_file
 from koff_export.runtime import Runtime
+from koff_export.ship import ship
 from koff_prune import load_bundle
 from koff_prune.learn import LearnTrainer
 from koff_prune.lock import alone
@@ -310,6 +312,97 @@ def test_an_export_does_not_throw_added_memories_away(
     assert koff_prune(capsys, *more).code == 0
     assert koff_prune(capsys, "memory", "unpack", packed, run / "bundle").code == 0
     assert Runtime.open(run / "bundle", precision="int8").memories == ["law", "code", "both"]
+
+
+def test_an_export_keeps_a_memory_that_was_dropped_in(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in one of the open folders is enough for a device to have a memory, and is in no manifest."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    mine = run / "bundle/onnx/memories/mine.onnx_adapter"
+    shutil.copy(mine.with_name("law.onnx_adapter"), mine)
+    again = (
+        "export",
+        place / "recipe.yaml",
+        "--out",
+        run,
+        "--resume",
+        "--set",
+        "export.onnx.precision=[fp16]",
+    )
+    refused = koff_prune(capsys, *again)
+    assert refused.code == 2 and "added to it: mine" in refused.err, refused.err
+    assert mine.is_file()
+    assert koff_prune(capsys, "memory", "remove", run / "bundle", "mine").code == 0
+    assert not mine.exists() and koff_prune(capsys, *again).code == 0
+
+
+@pytest.mark.parametrize("linked", ["memories", "onnx/memories"])
+def test_memories_that_lie_elsewhere_are_left_alone(
+    bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, linked: str
+) -> None:
+    """A bundle whose folder is a link out of it gets nothing deleted or written there."""
+    file, victim = tmp_path / "law.koffmem", tmp_path / "victim"
+    assert koff_prune(capsys, "memory", "pack", bundle, "law", "-o", file).code == 0
+    (bundle / linked).rename(victim)
+    (victim / "thesis.txt").write_text("years of work")
+    (bundle / linked).symlink_to(victim)
+    before = sorted(victim.rglob("*"))
+    for command in (
+        ("remove", bundle, "law"), ("unpack", file, bundle, "--replace"),
+        ("compose", bundle, "--name", "both", "--of", "law+code"),
+    ):  # fmt: skip
+        refused = koff_prune(capsys, "memory", *command)
+        assert refused.code == 2 and refused.err.count("\n") == 1, refused.err
+        assert "leads out of" in refused.err
+    assert sorted(victim.rglob("*")) == before
+
+
+def test_what_a_killed_removal_left_can_be_removed(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_domain(bundle, "law", None)  # the entry goes first; then it was killed
+    assert "law" in Runtime.open(bundle).memories
+    assert koff_prune(capsys, "memory", "remove", bundle, "law").code == 0
+    assert "law" not in Runtime.open(bundle).memories and not (bundle / "memories" / "law").exists()
+    gone = koff_prune(capsys, "memory", "remove", bundle, "law")
+    assert gone.code == 2 and "not in" in gone.err
+
+
+def test_a_merged_memory_stays_where_it_is(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    again = ("export", place / "recipe.yaml", "--out", run, "--resume", "--merge", "law")
+    assert koff_prune(capsys, *again).code == 0
+    before = sorted((run / "bundle-law").rglob("[!.]*"))
+    for command in (("remove",), ("pack", "-o", tmp_path / "law.koffmem")):
+        refused = koff_prune(capsys, "memory", command[0], run / "bundle-law", "law", *command[1:])
+        assert refused.code == 2 and "without --merge" in refused.err, refused.err
+    assert sorted((run / "bundle-law").rglob("[!.]*")) == before
+
+
+def test_a_shipped_bundle_says_what_it_cannot_do(
+    place: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phone = ship(bundle, tmp_path / "phone", "fp32")
+    for answer in (koff_prune(capsys, "verify", phone), add(capsys, place, phone)):
+        assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
+        assert "was shipped for devices" in answer.err and "original" in answer.err
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_bundle_cannot_ask_to_run_its_own_code(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A type with a config class in transformers and no causal LM makes it ask, and run what it finds."""
+    (bundle / "modeling_evil.py").write_text("raise SystemExit('was run')")
+    config = json.loads((bundle / "config.json").read_text())
+    config |= {"model_type": kind, "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
+    (bundle / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    with pytest.raises(KoffError, match=f"{kind}' has no known units"):
+        load_bundle(bundle)
 
 
 def test_a_cache_without_room_for_text_takes_no_ones_place(

@@ -12,6 +12,7 @@ from run_helpers import koff_prune, recipe_of
 from text_helpers import jsonl, tiny_tokenizer
 from torch.nn import functional
 
+from koff_export.cli import main as koff_run
 from koff_export.errors import KoffError
 from koff_prune.chat import Chat, chat_of, chat_tokens, tokens, tokens_and_labels
 from koff_prune.domains import load_blocks
@@ -85,8 +86,9 @@ def test_a_run_learns_from_messages(tmp_path: Path, capsys: pytest.CaptureFixtur
     recipe = recipe_of(
         tmp_path,
         domains={"chat": {"source": {"path": "talks.jsonl", "messages": "talk", "key": "{id}"}}},
-        learn={"rates": {"lora": 0.02, "kv": 0.02}, "tokens": 2048, "window": 32},
+        learn={"rates": {"lora": 0.02, "kv": 0.02}, "tokens": 2048, "settle_tokens": 256, "window": 32},
         evaluate={"window": 32},
+        export={"formats": ["safetensors", "onnx"]},
     )
     made = tokenizer()
     made.save_pretrained(tmp_path / "model")
@@ -100,7 +102,13 @@ def test_a_run_learns_from_messages(tmp_path: Path, capsys: pytest.CaptureFixtur
     dense, koff = rows[0]["perplexity"]["chat"], rows[1]["perplexity"]["chat"]
     assert koff < 0.9 * dense  # the assistant says one thing only
     held = json.loads((tmp_path / "run" / "domains" / "chat.heldout.jsonl").read_text().splitlines()[0])
-    assert min(held["tokens"]) >= 0
+    assert min(held["tokens"]) < 0 <= max(held["tokens"])
+    # what a device scores is what the report says: the assistant's tokens alone, each of like weight
+    scored = tmp_path / "run" / "domains" / "chat.heldout.jsonl"
+    assert koff_run([str(tmp_path / "run/bundle"), "--score", str(scored), "--memory", "chat", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["perplexity"] == pytest.approx(koff, rel=1e-3)
+    assert told["tokens"] == sum(blocks.heldout_counts) < blocks.heldout.numel()
 
 
 @pytest.mark.parametrize(

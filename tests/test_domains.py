@@ -69,8 +69,8 @@ def test_nothing_held_out_is_trained_on(rows: list[tuple[str, str, str]], rng: r
             return split(*sources)
 
     sides = sides_of(rows)
-    held_keys = {key for key, _, use in rows if held(key, use)}
     held_texts = {text for key, text, use in rows if held(key, use)}
+    held_keys = {key for key, text, _ in rows if text in held_texts}
     assert sorted(sides.heldout) == sorted(held_texts)
     clean = {t for _, t, _ in rows} - held_texts - {t for key, t, _ in rows if key in held_keys}
     assert sorted(sides.train) == sorted(clean)
@@ -202,6 +202,11 @@ def test_pieces_end_where_lines_do() -> None:
             {"memory": {"kv": {"tokens": 8000}}, "scoring": {"tokens": 16, "window": 16}, "limit": 9},
             "memory.kv.tokens needs 8000",
         ),
+        (
+            {"evaluate": {"tokens": 16, "window": 10**6}},
+            "evaluate.window needs 1000000; lower evaluate.window",
+        ),
+        ({"scoring": {"tokens": 16, "window": 10**6}}, "scoring.window needs 1000000; lower scoring.window"),
         (
             {"evaluate": {"tokens": 10**6, "window": 32}},
             "held-out text is too short.*lower evaluate.tokens, or give more text in domains.d",

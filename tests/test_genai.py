@@ -11,6 +11,7 @@ import pytest
 from model_helpers import tiny_config
 from run_helpers import koff_prune, recipe_of
 
+from koff_export.bundle import open_manifest
 from koff_export.errors import KoffError
 from koff_export.genai import write_genai_config
 from koff_export.runtime import Runtime
@@ -40,6 +41,14 @@ def genai_graph(bundle: Path) -> str:
     """The graph that genai opens."""
     told: str = json.loads((bundle / "genai_config.json").read_text())["model"]["decoder"]["filename"]
     return told
+
+
+def test_genai_leaves_the_memory_its_positions(place: Path) -> None:
+    told = json.loads((place / "run/bundle/genai_config.json").read_text())
+    manifest = open_manifest(place / "run/bundle")
+    longest = max(domain.kv_tokens for domain in manifest.domains.values())
+    assert longest > 0 and manifest.context is not None
+    assert told["search"]["max_length"] == told["model"]["context_length"] == manifest.context - longest
 
 
 @pytest.mark.parametrize("memory", ["none", "law", "code"])

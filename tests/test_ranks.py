@@ -17,6 +17,7 @@ from run_helpers import koff_prune, recipe_of
 from safetensors.torch import load_file
 
 from koff_export.files import read_json
+from koff_prune import ranks
 from koff_prune.learn import whole_checkpoints
 from koff_prune.reading import load_recipe
 
@@ -216,6 +217,25 @@ def test_a_stopped_launcher_loses_no_step(tmp_path: Path, capsys: pytest.Capture
     assert (out / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
 
 
+def test_a_mistake_of_several_processes_is_one_sentence(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, learn={"batch": 2}, evaluate={"tokens": 10**7})
+    done = launch(tmp_path, 2, "plan", recipe, "--out", tmp_path / "run")
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        line for line in done.stderr.splitlines() if "evaluate.tokens needs" in line
+    ]
+    assert "rank1" not in done.stderr and "koff_prune/ranks.py" not in done.stderr, done.stderr
+
+
+def test_a_token_weighs_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 30 tokens this one has 10: of the mean of both its loss is two thirds of a mean one's."""
+    monkeypatch.setattr(ranks._State, "world", 2)
+    monkeypatch.setattr(ranks.distributed, "all_reduce", lambda total: total.add_(20))
+    assert ranks.share_of(10) == pytest.approx(2 / 3)
+    monkeypatch.undo()
+    assert ranks.share_of(10) == 1.0
+
+
 def test_large_recipes_say_how_many_processes_share_them() -> None:
     assert [p.parent.name for p in LARGE] == ["llama-3.1-8b", "llama-3.2-3b", "qwen2.5-7b", "qwen3-8b"]
     for path in LARGE:
@@ -276,7 +296,6 @@ def test_what_may_befall_one_process_alone_it_tells_itself(tmp_path: Path) -> No
 
 
 def test_without_a_launcher_nothing_is_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from koff_prune import ranks
 
     tensor = torch.ones(3)
     ranks.share_mean([tensor])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from koff_export.errors import KoffError
+from koff_prune.evaluate import perplexities
 from koff_prune.report import Row, render_table, row_label, write_report
 from koff_prune.verdict import RESAMPLES, judge, resample, row_labels
 
@@ -107,6 +108,7 @@ def write(folder: Path, rows: Sequence[Row] = FULL, **keys: Any) -> tuple[dict[s
             "koff mask learned without memories, memories trained afterwards",
         ),
         (row("koff", learned_with="lora", memory="lora"), "koff, LoRA only"),
+        (with_memories("koff", 0, learned_with="lora"), "koff, learned with LoRA only"),
         (row("koff", learned_with="kv", trained_with="kv"), "koff, memories off, learned with KV only"),
         (with_memories("koff", 0, gates="hard_concrete"), "koff, hard concrete gates"),
         (with_memories("koff", 0, note="gates not learned"), "koff, gates not learned"),
@@ -120,6 +122,24 @@ def write(folder: Path, rows: Sequence[Row] = FULL, **keys: Any) -> tuple[dict[s
 )  # fmt: skip
 def test_labels(given: Row, label: str) -> None:
     assert row_label(given) == label
+
+
+def test_a_variant_with_koffs_own_plan_that_beats_it_is_said() -> None:
+    """The mask is the same; what differs is how the memories were trained."""
+    afterwards = with_memories("koff", 0.01, learned_with="none")
+    told = judge([*FULL, afterwards]).sentences
+    assert any("does not beat koff mask learned without memories" in s for s in told), told
+    assert not any("koff, memories off" in s for s in told)
+
+
+def test_a_window_of_many_tokens_weighs_more_than_one_of_few() -> None:
+    """In a conversation windows hold different numbers of answered tokens."""
+    losses = {"chat": [2.0, 4.0]}
+    assert perplexities(losses, {"chat": [30, 10]})["chat"] == pytest.approx(math.exp(2.5))
+    rows = [row("dense", documents={"chat": [0, 1]}, nll=losses, counts={"chat": [30, 10]})]
+    draws = resample(rows)
+    assert draws is not None
+    assert sorted({round(float(x), 6) for x in draws[0]}) == [2.0, 2.5, 4.0]
 
 
 def test_labels_that_would_be_equal_are_told_apart() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +19,11 @@ from run_helpers import koff_prune, memory_bytes, recipe_of
 import koff_prune as package
 from koff_export.errors import KoffError
 from koff_export.files import read_json, sha256_file
-from koff_prune.learn import LearnTrainer, whole_checkpoints
+from koff_prune.learn import LearnTrainer, steps_of, steps_of_both, whole_checkpoints
 from koff_prune.memory import load_memory
 from koff_prune.plan import Plan
 from koff_prune.reading import load_recipe
+from koff_prune.recipe import Learn
 from koff_prune.run import Run, load_tensors
 
 # Runs koff-prune in a process of its own that kills itself at the named point.
@@ -321,6 +324,65 @@ def test_an_automatic_dtype_is_chosen_once(tmp_path: Path, monkeypatch: pytest.M
         assert run.recipe.model.dtype == "float32"
     with Run(recipe, tmp_path / "other", resume=False) as run:
         assert next(run.dense.model.parameters()).dtype == torch.bfloat16
+
+
+def test_tokens_that_make_no_step_are_told_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path, learn={"tokens": 40, "settle_tokens": 640, "window": 64, "batch": 4})
+    answer = koff_prune(capsys, "apply", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2 and "learn.tokens: 40 make no step of 512 tokens" in answer.err, answer.err
+
+
+def test_koff_and_a_rival_take_as_many_steps() -> None:
+    """One and a half steps joint and settling, rounded each for itself, would be four steps against three."""
+    learn = Learn(tokens=96, settle_tokens=96, window=16, batch=4)
+    assert steps_of_both(learn, 1) == (2, 1) and steps_of(192, learn, 1) == 3
+    learn = Learn(tokens=96, settle_tokens=64, window=16, batch=4)
+    assert steps_of_both(learn, 1) == (2, 1), "a whole step is never rounded away"
+
+
+def test_a_loss_that_is_no_number_stops_no_report(whole: Path, place: Path, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    losses = read_json(run / "losses-off.json")
+    losses["law"][0] = None
+    (run / "losses-off.json").write_text(json.dumps(losses))
+    answer = koff_prune(capsys, "compare", place / "recipe.yaml", "--out", run, "--resume")
+    assert answer.code == 0, answer.err
+    assert "inf" in answer.out
+
+
+def test_a_report_says_what_versions_its_rows_are_of(whole: Path, place: Path, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    stamp = read_json(run / "run.json")
+    stamp["versions"]["torch"] = "1.0"
+    (run / "run.json").write_text(json.dumps(stamp))
+    answer = koff_prune(capsys, "compare", place / "recipe.yaml", "--out", run, "--resume")
+    assert answer.code == 0 and "torch 1.0 to" in answer.out, answer.out
+
+
+def test_an_interrupted_training_keeps_its_log(place: Path, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """The step that a signal finishes is saved between two checkpoints, and so is what led to it."""
+    ended = LearnTrainer.training_step
+    steps: list[int] = []
+
+    def stopping(self: LearnTrainer, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ended(self, *args, **kwargs)
+
+    monkeypatch.setattr(LearnTrainer, "training_step", stopping)
+    run, recipe = tmp_path / "run", load_recipe(place / "recipe.yaml", ["learn.checkpoint_steps=1000"])
+    with pytest.raises(KeyboardInterrupt):
+        package.learn(recipe, run)
+    monkeypatch.undo()
+    package.learn(recipe, run, resume=True)
+    log = read_json(run / "checkpoints" / "learning" / "log.json")
+    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1))
 
 
 def test_a_heavier_domain_gets_more_text_and_the_report_counts_it(tmp_path: Path) -> None:

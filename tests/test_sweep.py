@@ -194,14 +194,45 @@ def test_a_row_added_to_a_finished_sweep_is_measured_in_every_seed(
 def test_rows_that_differ_by_ranking_keep_their_names_over_seeds() -> None:
     found = seeds_of([0.04, 0.05])
     for point, rows in found:
+        next(r for r in rows if r["method"] == "fisher")["asked"] = ["global"]
         other = {**row("fisher", 2.4, point.seed), "ranking": "per_layer", "plan": f"l{point.seed}"}
-        found[point.seed] = (point, [*rows, other])
+        found[point.seed] = (point, [*rows, {**other, "asked": ["per_layer"]}])
     (point,) = summarise(found)["points"]
     fisher = [(r["label"], r["seeds"]) for r in point["rows"] if r["method"] == "fisher"]
     assert fisher == [
         ("fisher, global ranking, with memories", 2),
         ("fisher, per-layer ranking, with memories", 2),
     ]
+
+
+def test_a_better_ranking_is_one_row_whichever_it_is_in_a_seed() -> None:
+    """In one seed the better ranking is the global one, which was asked for by name as well."""
+    found = seeds_of([0.04, 0.05, 0.06])
+    for point, rows in found:
+        fisher = next(r for r in rows if r["method"] == "fisher")
+        fisher["asked"] = ["better", "global"]
+        if point.seed:
+            fisher["asked"] = ["global"]
+            rows.append(
+                {**row("fisher", 2.3, point.seed), "ranking": "per_layer", "plan": "l", "asked": ["better"]}
+            )
+    summary = summarise(found)
+    (point,) = summary["points"]
+    fisher = [(r["label"], r["seeds"]) for r in point["rows"] if r["method"] == "fisher"]
+    assert sorted(fisher) == [("fisher, global ranking, with memories", 3), ("fisher, with memories", 3)]
+    assert point["closed"]["value"] == pytest.approx(0.25)
+    assert len(summary["tests"]) == 3
+
+
+def test_a_row_that_is_koff_by_another_name_spoils_no_test() -> None:
+    found = seeds_of([0.04, 0.05, 0.06])
+    for point, rows in found:
+        twin = {**row("koff", 2.3 - [0.04, 0.05, 0.06][point.seed], point.seed), "plan": "k", "note": "twin"}
+        rows.insert(1, twin)
+        rows.append(rows.pop(1))
+    tests = {t["against"]: t for t in summarise(found)["tests"]}
+    assert tests["koff, twin"]["koff_is"] == "not shown to differ"
+    assert {t["koff_is"] for name, t in tests.items() if "fisher" in name or "wanda" in name} == {"better"}
 
 
 def test_a_share_of_a_gap_that_may_be_nothing_is_not_told() -> None:

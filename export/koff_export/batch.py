@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from koff_export.cached import CHUNK, Cache
 from koff_export.errors import KoffError
 from koff_export.sampling import check_sampling, pick
 from koff_export.text import stream_text, until_stop
@@ -20,8 +21,8 @@ class _Rows:
 
     def __init__(self, runtime: Runtime, memory: str | None, prompts: Sequence[Sequence[int]]) -> None:
         self.runtime, self.memory = runtime, memory
-        # a fused graph takes many tokens behind a learned KV of one text only; a single token of many
-        self.one_by_one = runtime.profile != "portable" and runtime.kv_tokens(memory) > 0
+        # a fused graph takes many tokens behind others of one text only; a single token of many
+        self.fused = runtime.profile != "portable"
         longest = max(map(len, prompts))
         # padding is token 0 at position 0, and the mask hides it from all that follows
         self.pending = np.array([[0] * (longest - len(p)) + list(p) for p in prompts], np.int64)
@@ -32,13 +33,12 @@ class _Rows:
         """Reads what is pending; the logits after its last token, float32 [rows, vocabulary]."""
         rows, count = self.pending.shape
         feeds = self.pending, self.mask, np.maximum(self.mask.cumsum(1) - 1, 0)[:, -count:]
-        if count == 1 or not self.one_by_one:
-            last = self.cache.read(*feeds)[:, -1]
+        front = self.runtime.kv_tokens(self.memory)
+        if count == 1 or not self.fused or (front == 0 and count * rows <= CHUNK):
+            last = _read(self.cache, *feeds)
         else:
             caches = [self.runtime.cache(self.memory) for _ in range(rows)]
-            each = [
-                cache.read(*(array[i : i + 1] for array in feeds))[:, -1] for i, cache in enumerate(caches)
-            ]
+            each = [_read(cache, *(array[i : i + 1] for array in feeds)) for i, cache in enumerate(caches)]
             last = np.concatenate(each)
             self.cache.join(caches)
         return last.astype(np.float32, copy=False)
@@ -47,6 +47,16 @@ class _Rows:
         """The next token of every row; padding, which takes no position, where a row has come to its end."""
         self.pending = np.array(tokens, np.int64)[:, None]
         self.mask = np.concatenate([self.mask, np.array(going, np.int64)[:, None]], 1)
+
+
+def _read(cache: Cache, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The logits after the last column, [rows, vocabulary]; of no more than CHUNK tokens at a time."""
+    rows, count = ids.shape
+    start, step = mask.shape[1] - count, max(1, CHUNK // rows)
+    for at in range(0, count, step):
+        end = min(at + step, count)
+        logits = cache.read(ids[:, at:end], mask[:, : start + end], positions[:, at:end])
+    return logits[:, -1]
 
 
 def generate_batch(

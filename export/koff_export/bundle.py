@@ -80,8 +80,7 @@ class Graph:
     @property
     def profiles(self) -> dict[str, dict[str, str]]:
         """The profiles at hand, the portable one, where it is there, first: paths by precision."""
-        others = {"fused": self.fused, "in_place": self.in_place}
-        every = {"portable": self.precisions, **others}
+        every = {"portable": self.precisions, "fused": self.fused, "in_place": self.in_place}
         return {name: paths for name, paths in every.items() if paths}
 
     def choose(self, profile: str | None, precision: str | None) -> tuple[str, str]:
@@ -130,6 +129,7 @@ class Manifest:
         context: Positions of the model, memory and text together; None if unknown.
         numerics: What was measured at export.
         files: By path: {"sha256", "size"}.
+        told: All of it, as it stands there.
     """
 
     format: int
@@ -148,6 +148,7 @@ class Manifest:
     context: int | None = None
     numerics: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 class _Reader:
@@ -283,6 +284,7 @@ def open_manifest(folder: str | os.PathLike[str]) -> Manifest:
         context=r.maybe_count("context"),
         numerics=r.mapping("numerics"),
         files=files,
+        told=r.value,
     )
 
 
@@ -324,8 +326,7 @@ def set_domain(folder: str | os.PathLike[str], name: str, told: dict[str, Any] |
     root = Path(folder)
     if told is not None:
         _domain(name, told, os.fspath(root / MANIFEST))
-    open_manifest(root)
-    manifest = read_json(root / MANIFEST)
+    manifest = open_manifest(root).told
     old = manifest["domains"].pop(name, {})
     gone = f"{(told or old).get('peft') or f'memories/{name}'}/"
     beside = {entry.get(kind) for entry in (old, told or {}) for kind in ("adapter", "gguf")}

@@ -114,7 +114,7 @@ def _score_windows(runtime: Runtime, path: str) -> list[list[int]]:
             continue
         try:
             row: Any = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise KoffError(f"{path}, line {number}: not valid JSON ({error})") from error
         tokens = row.get("tokens") if isinstance(row, dict) else None
         if isinstance(tokens, list) and all(type(t) is int for t in tokens):
@@ -156,7 +156,7 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
     for number, line in lines:
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise KoffError(f"{args.batch}, line {number}: not valid JSON ({error})") from error
         memory = row.get("memory", args.memory) if isinstance(row, dict) else 0
         if (
@@ -323,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have all of the answer's characters
     try:
         _run(args)
+        sys.stdout.flush()
     except KoffError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -341,6 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, not even at exit
         sys.stdout = None
         return 0
+    except OSError as error:  # rights, a full disk behind our output, a name that is too long
+        print(f"error: {error}", file=sys.stderr)
+        sys.stdout = None
+        return 2
     return 0
 
 

@@ -18,7 +18,7 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
 
     Args:
         folder: The bundle, with the backbone's config.json.
-        manifest: Of the bundle: `graph`, `bos`, `eos`, `context`.
+        manifest: Of the bundle: `graph`, `bos`, `eos`, `context`, `domains`.
 
     Returns:
         Whether it was written: genai holds one cache shape for all layers, so KV heads must be even.
@@ -31,6 +31,8 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
     precision = next(name for name in _PREFERRED if name in paths)
     eos = manifest["eos"] or [0]
     pad = config.get("pad_token_id")
+    front = max((domain["kv_tokens"] for domain in manifest["domains"].values()), default=0)
+    context = manifest["context"] - front  # a learned KV takes positions too, of which genai knows nothing
     told = {
         "model": {
             "type": config["model_type"],
@@ -38,7 +40,7 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
             "eos_token_id": eos,
             "pad_token_id": pad if pad is not None else eos[0],
             "vocab_size": graph["vocab_size"],
-            "context_length": manifest["context"],
+            "context_length": context,
             "decoder": {
                 "session_options": {"log_severity_level": 4, "provider_options": []},
                 "filename": paths[precision],
@@ -62,7 +64,7 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
             },
         },
         "search": {
-            "do_sample": False, "max_length": manifest["context"], "min_length": 0, "num_beams": 1,
+            "do_sample": False, "max_length": context, "min_length": 0, "num_beams": 1,
             "num_return_sequences": 1, "past_present_share_buffer": False, "repetition_penalty": 1.0,
             "temperature": 1.0, "top_k": 1, "top_p": 1.0,
         },

@@ -371,7 +371,8 @@ class Runtime:
         """Negative log-likelihood of token windows, each alone: its tokens 2…n given the ones before.
 
         Returns:
-            The sum in nats, and the number of predicted tokens. Perplexity is exp(sum / number).
+            The sum in nats, and the number of predicted tokens but for those written as -1 - id: what
+            others say in a conversation is read and not scored. Perplexity is exp(sum / number).
 
         Raises:
             KoffError: an unknown memory, or a window that is empty or does not fit.
@@ -386,10 +387,7 @@ class Runtime:
         return CachedText(self, memory).read(tokens)
 
     def windows(self, text: str) -> list[list[int]]:
-        """Cuts `text` into the manifest's evaluation windows: `window` tokens, the leading `bos` counted.
-
-        The last window may be shorter; one without a token to predict is dropped.
-        """
+        """The text in the manifest's windows: `window` tokens, `bos` counted; the last may be shorter."""
         lead = [] if self.manifest.bos is None else [self.manifest.bos]
         ids, step = self.encode(text, bos=False), self.manifest.window - len(lead)
         cut = [lead + ids[at : at + step] for at in range(0, len(ids), step)]

@@ -12,7 +12,11 @@ _COLD = 1e-6  # below it a draw is the highest logit, and dividing by it is no n
 def pick(
     logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: np.random.Generator
 ) -> int:
-    """Chooses a token from logits [vocabulary]: the highest at temperature 0, else a draw."""
+    """Chooses a token from logits [vocabulary]: the highest at temperature 0, else a draw.
+
+    Raises:
+        KoffError: A draw from what is no number.
+    """
     if temperature < _COLD:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")
@@ -21,6 +25,8 @@ def pick(
     scaled = logits[order].astype(np.float64) / temperature
     p = np.exp(scaled - scaled[0])
     p /= p.sum()
+    if not np.isfinite(p).all():
+        raise KoffError("the graph's logits are not finite: the weights or the memory are damaged")
     if top_p < 1:
         keep = int(np.searchsorted(np.cumsum(p), top_p)) + 1
         order, p = order[:keep], p[:keep] / p[:keep].sum()

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def score(runtime: Runtime, windows: Sequence[Sequence[int]], memory: str | None) -> tuple[float, int]:
     """The work of `Runtime.score`."""
     total, count = 0.0, 0
-    for window in windows:
+    for marked in windows:
+        window = [token if token >= 0 else -1 - token for token in marked]
         runtime.check_tokens(window, memory)
         text = CachedText(runtime, memory)
         for at in range(0, len(window) - 1, CHUNK):
@@ -25,6 +26,8 @@ def score(runtime: Runtime, windows: Sequence[Sequence[int]], memory: str | None
             targets = np.asarray(window[at + 1 : at + 1 + len(given)])
             top = logits.max(axis=1, keepdims=True)
             log_sum = np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64)) + top[:, 0]
-            total += float((log_sum - logits[np.arange(len(given)), targets]).sum())
-            count += len(given)
+            losses = log_sum - logits[np.arange(len(given)), targets]
+            said = np.asarray(marked[at + 1 : at + 1 + len(given)]) >= 0
+            total += float(losses[said].sum())
+            count += int(said.sum())
     return total, count

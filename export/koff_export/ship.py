@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from koff_export.bundle import MANIFEST, MERGED_KV, check_file, open_manifest, write_manifest
+from koff_export.bundle import MERGED_KV, check_file, open_manifest, write_manifest
 from koff_export.errors import KoffError
-from koff_export.files import read_json, staged_dir
+from koff_export.files import staged_dir
 from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
 
@@ -61,7 +61,7 @@ def ship(
             path = aside / name
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(check_file(source, manifest, name), path)
-        write_manifest(aside, _told(read_json(source / MANIFEST), profile, precision, names))
+        write_manifest(aside, _told(manifest.told, profile, precision, names))
     return target
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _BROKEN = "\ufffd"  # what a tokenizer shows for the bytes of an incomplete character
+_BIGGEST = 1000  # operand of a template's power; a product has at most its square
 _CONTEXT = 8  # prompt tokens decoded along with the first new ones, so that a leading space survives
 
 
@@ -61,24 +62,54 @@ def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
         yield from pieces
         return
     held, keep = "", max(map(len, stop)) - 1
+    end: int | None = None  # where the first stop in `held` begins
     for piece in pieces:
         held += piece
-        hits = [at for s in stop if (at := held.find(s)) >= 0]
-        if hits:
-            if min(hits):
-                yield held[: min(hits)]
-            return
-        if len(held) > keep:
+        end = min((at for s in stop if (at := held.find(s)) >= 0), default=None)
+        if end is not None:
+            # a longer one that began before may be under way
+            if not any(s.startswith(held[at:]) for at in range(end) for s in stop):
+                break
+        elif len(held) > keep:
             yield held[: len(held) - keep]
             held = held[len(held) - keep :]
-    if held:
-        yield held
+    if held[:end]:
+        yield held[:end]
 
 
 def _token_text(config: dict[str, Any], key: str) -> str:
     value = config.get(key)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
+
+
+def _environment() -> Any:
+    """Jinja without a way to Python, and with bounds on what one operator can make."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+    class Generation(Extension):
+        """transformers' mark around what the assistant says; in a prompt it means nothing."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
+
+    class Bounded(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})  # so that they are not computed while compiling either
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [abs(x) if isinstance(x, int | float) else len(x) for x in (left, right)]
+            if operator == "**" and max(sizes) > _BIGGEST or sizes[0] * sizes[1] > _BIGGEST**2:
+                raise SecurityError(f"{operator} of numbers or texts this large")
+            return super().call_binop(context, operator, left, right)
+
+    return Bounded(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
 
 
 class ChatTemplate:
@@ -91,24 +122,25 @@ class ChatTemplate:
             KoffError: it is not a Jinja template.
         """
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def fail(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent
-        )
+        def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+        environment = _environment()
+        environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = fail
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        self._variables = variables
+        self._variables = {"tools": None, "documents": None, **variables}  # as transformers gives them
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise KoffError(f"the bundle's chat template is not valid ({error}): leave out --chat") from error
+        except Exception as error:  # besides Jinja's own: too deep for Python's compiler, numbers too long
+            reason = str(error) or type(error).__name__
+            raise KoffError(
+                f"the bundle's chat template is not valid ({reason}): leave out --chat"
+            ) from error
 
     @classmethod
     def open(cls, template: Path | None, config: Path | None) -> ChatTemplate:

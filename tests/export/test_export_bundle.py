@@ -16,6 +16,7 @@ from hub_helpers import hub_snapshot
 from koff_export.bundle import check_files, open_manifest, write_manifest
 from koff_export.errors import KoffError
 from koff_export.runtime import Runtime
+from koff_export.text import ChatTemplate, until_stop
 
 EXPORT = str(Path(__file__).parents[2] / "export")
 
@@ -158,6 +159,43 @@ def test_a_chat_template_cannot_reach_python(copy: Path) -> None:
             template.render([{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize("source", [
+    "{% for x in messages %}" * 30 + "{% endfor %}" * 30,  # more blocks than Python nests
+    "{{ " + "(" * 3000 + ")" * 3000 + " }}",
+    "{{ " + "9" * 5000 + " }}",
+    '{% set x = "a" * 1500000000 %}',
+    "{{ 9 ** 9 ** 9 }}",
+])  # fmt: skip
+def test_a_chat_template_that_breaks_the_compiler_is_one_sentence(source: str) -> None:
+    with pytest.raises(KoffError, match="chat template"):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("source", [
+    "{% if documents is not none %}DOCS{% endif %}{{ messages[0].content }}",
+    "{% if tools is not none %}{{ tools|tojson }}{% endif %}{{ messages[0].content }}",
+    "{{ messages[0]|tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+])  # fmt: skip
+def test_a_chat_template_is_read_as_transformers_reads_it(source: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": "né <b>"}]
+    (wanted,), _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
+    assert ChatTemplate(source, {}).render(messages) == wanted
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "kept"),
+    [(["xab", "c"], ["abc", "b"], "x"), (["xabc"], ["abc", "b"], "x"), (["xab", "d"], ["abc", "b"], "xa"),
+     (["xab"], ["abc", "b"], "xa"), (["a", "b", "a"], ["abab"], "aba"), (["ab", "ab!"], ["bab"], "a")],
+)  # fmt: skip
+def test_where_an_answer_stops_hangs_on_no_token_border(
+    pieces: list[str], stop: list[str], kept: str
+) -> None:
+    assert "".join(until_stop(pieces, stop)) == kept
+
+
 BLOCKER = """
 import sys
 class Block:
@@ -262,6 +300,24 @@ def test_what_is_no_text_is_told(exported: Exported, tmp_path: Path) -> None:
     ascii_only = {"PYTHONIOENCODING": "ascii:strict"}
     done = koff_run(folder, "--prompt", "hi", "--max-new-tokens", "20", "--threads", "1", env=ascii_only)
     assert done.returncode == 0, done.stderr
+
+
+def test_koff_run_tells_what_the_system_refuses(exported: Exported, tmp_path: Path) -> None:
+    folder, few = str(exported.folder), ("--max-new-tokens", "4", "--threads", "1")
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    for args, says in (
+        (("x" * 300, "--prompt", "hi"), "too long"),
+        ((folder, *few, "--batch", str(deep)), "deep.jsonl, line 1"),
+        ((folder, *few, "--score", str(deep)), "deep.jsonl, line 1"),
+    ):
+        done = koff_run(*args)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "koff_export.cli", folder, *few, "--prompt", "hi"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 2 and "No space left" in run.stderr and run.stderr.count("\n") == 1, run.stderr
 
 
 def test_koff_run_answers_a_file(exported: Exported, tmp_path: Path) -> None:

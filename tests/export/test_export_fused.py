@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ from export_helpers import (
 from transformers import PreTrainedModel
 
 from koff_export.bundle import MERGED_KV, write_manifest
-from koff_export.cached import CachedText
+from koff_export.cached import CachedText, CacheInPlace, CacheOfGraph
 from koff_export.cli import main
 from koff_export.errors import KoffError
 from koff_export.fused import check_fused, export_fused
@@ -136,6 +137,29 @@ def test_a_padded_batch_answers_as_one_by_one(bundle: Bundle, profile: str) -> N
     alone = ["".join(fused.generate(p, m, 9)) for p, m in zip(prompts, memories, strict=True)]
     assert len(set(alone)) > 3
     assert fused.generate_batch(prompts, memories, 9) == alone
+
+
+@pytest.mark.parametrize("name", ["portable", *FUSED])
+def test_a_batch_holds_no_more_logits_than_one_text(
+    bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its prompts are, and whatever their padding."""
+    for module in ("batch", "runtime"):
+        monkeypatch.setattr(f"koff_export.{module}.CHUNK", 8)
+    runtime, sizes = Runtime.open(bundle.folder, threads=1, profile=name), []
+    for kind in (CacheOfGraph, CacheInPlace):
+        read = kind.read
+
+        def noting(self: Any, ids: Any, *args: Any, read: Any = read) -> Any:
+            sizes.append(ids.size)
+            return read(self, ids, *args)
+
+        monkeypatch.setattr(kind, "read", noting)
+    prompts = ["law " * 7, "a", "music of the law", "law " * 9]
+    for memory in (None, "both", "lora"):
+        alone = ["".join(runtime.generate(prompt, memory, 5)) for prompt in prompts]
+        assert runtime.generate_batch(prompts, [memory] * 4, 5) == alone, memory
+    assert max(sizes) <= 8
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from export_helpers import BOS, WINDOW, Exported, torch_logits
 from koff_export.bundle import write_manifest
 from koff_export.errors import KoffError
 from koff_export.runtime import Runtime
+from koff_export.sampling import pick
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,11 @@ def test_a_batch_answers_as_one_by_one(runtime: Runtime) -> None:
         runtime.generate_batch(prompts, ["law"])
     with pytest.raises(KoffError, match="no memory 'art'"):
         runtime.generate_batch(["a"], ["art"])
+
+
+def test_a_nonsense_graph_is_told_when_drawing(runtime: Runtime) -> None:
+    with pytest.raises(KoffError, match="not finite"):
+        pick(np.array([0.0, np.nan]), 1.0, 0, 1.0, np.random.default_rng(0))
 
 
 def test_swapping_keeps_the_session_and_eviction_is_harmless(runtime: Runtime) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from export_helpers import BOS, Exported
 
-from koff_export.bundle import check_files, open_manifest, write_manifest
+from koff_export.bundle import check_files, open_manifest, set_domain, write_manifest
 from koff_export.cli import main as koff_run
 from koff_export.errors import KoffError
 from koff_export.fused import export_fused
@@ -78,3 +78,23 @@ def test_what_cannot_be_shipped_is_told(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(KoffError, match=r"law.onnx_adapter' has 1 bytes"):
         ship(damaged, tmp_path / "new", "int8")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("told", [None, {"kv_tokens": 999}])
+def test_a_memory_that_changes_meanwhile_does_not_mix_two_manifests(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, int] | None
+) -> None:
+    """What is shipped is told by the manifest whose checksums it was copied under."""
+    folder = Path(shutil.copytree(whole, tmp_path / "folder"))
+    known = json.loads((folder / "koff.json").read_text())["domains"]["law"]
+    copy = shutil.copyfile
+
+    def changing(source: Path, target: Path) -> None:
+        copy(source, target)
+        if str(source).endswith("law.onnx_adapter"):
+            set_domain(folder, "law", {**known, **told} if told else None)
+
+    monkeypatch.setattr(shutil, "copyfile", changing)
+    part = ship(folder, tmp_path / "part", "int8")
+    assert json.loads((part / "koff.json").read_text())["domains"]["law"]["kv_tokens"] == known["kv_tokens"]
+    Runtime.open(part, threads=1).memory("law")
