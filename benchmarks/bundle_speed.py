@@ -123,7 +123,7 @@ def dense_graphs(run: Path) -> Path:
     from koff_export.bundle import open_manifest, write_manifest
     from koff_export.fused import export_fused
     from koff_export.onnx import export_onnx
-    from koff_export.quantize import BITS, quantize
+    from koff_export.quantize import BITS, INT4_KEEPS, quantize
     from koff_prune.run import finished_run
 
     slim = open_manifest(run / "bundle")
@@ -143,10 +143,12 @@ def dense_graphs(run: Path) -> Path:
             export_fused(model, folder / graph.fused["fp32"], portable)
         if graph.in_place:
             export_fused(model, folder / graph.in_place["fp32"], folder / graph.fused["fp32"], in_place=True)
+    asked = slim.numerics.get("asked", {}).get("export", {}).get("onnx", {})
+    keeps = asked.get("int4_keeps", INT4_KEEPS)
     for name in graph.precisions.keys() & BITS.keys():
         beside = None
         for table in graph.profiles.values():
-            quantize(folder / table["fp32"], folder / table[name], BITS[name], beside)
+            quantize(folder / table["fp32"], folder / table[name], BITS[name], beside, keeps)
             beside = folder / table[name]
     paths = {"precisions": graph.precisions, "fused": graph.fused, "in_place": graph.in_place}
     told = {**vars(info), **{key: table for key, table in paths.items() if table}}
