@@ -24,7 +24,7 @@ class OnnxExport(Section):
     int4_keeps: list[Matrix] = Field(
         default=["head", "v_proj", "down_proj"],
         description="What has 8 bits in the int4 graph, beside the embedding: these three halve what"
-        " SmolLM2-135M loses, for a seventh of the file; [] is smallest and fastest.",
+        " SmolLM2-135M loses, for up to a fifth of the speed; [] is fastest.",
     )
     profiles: list[Literal["portable", "fused"]] = Field(
         default=["portable"],
