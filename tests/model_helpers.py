@@ -82,7 +82,7 @@ def random_scores(units: Units, seed: int = 0) -> Scores:
     return {k: [torch.rand(u.count(k), generator=generator) for u in units.layers] for k in KINDS}
 
 
-def random_plan(units: Units, *, widths: str = "per_layer", sparsity: float = 0.4, **options: Any) -> Plan:
+def random_plan(units: Units, *, widths: str = "per_layer", sparsity: float = 0.41, **options: Any) -> Plan:
     """Both kinds of units, at whatever lies nearest to the target."""
     settings = {"units": list(KINDS), "of": "blocks", "round_to": 4, **options}
     structure = Structure(sparsity=sparsity, widths=widths, **settings)  # type: ignore[arg-type]
