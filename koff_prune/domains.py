@@ -24,6 +24,7 @@ from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors
 from koff_prune.chat import Chat, chat_tokens, tokens
 from koff_prune.documents import describe, documents
+from koff_prune.progress import say
 from koff_prune.recipe import Domain, Recipe
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "save_blocks",
     "split_documents",
 ]
+_MANY = 4  # passes over a domain's text above which more of the same is worth a word
 _BATCH = 32  # pieces tokenised at once
 _PIECE = 8  # characters of a piece for every token of a window, so that most windows lie within one piece
 
@@ -140,6 +142,12 @@ def load_domain(
     wanted = heldout_windows * (evaluate.window - lead)
     heldout, owners = _stream(sides.heldout, tokenizer, wanted, _PIECE * evaluate.window, recipe.seed)
     _need(name, "held-out", heldout, sides.heldout, _size_key("evaluate", evaluate), wanted)
+    passes = (mine / recipe.step_batches) / max(1, len(train) // (learn.window - lead) * learn.window)
+    if passes > _MANY:
+        say(
+            f"domain {name}: its {len(train):,} training tokens are read {passes:.0f} times; lower"
+            f" learn.tokens, or give more text in domains.{name}.source"
+        )
     used = {"train_used": len(sources.unique()), "heldout_used": len(owners.unique())}
     start = train if bos is None else torch.cat([torch.tensor([bos]), train])
     held = _windows(heldout, evaluate.window, heldout_windows, bos)

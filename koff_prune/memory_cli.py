@@ -34,7 +34,8 @@ def add(
     data: Annotated[Path, typer.Option("--data", help="Texts, or a YAML file with `source: …`.")],
     tokens: Annotated[int, typer.Option("--tokens", help="To train on.")] = 32_768,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a recipe key: --set memory.lora.rank=4.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
     ] = None,
     replace: Replace = False,
     threads: Annotated[

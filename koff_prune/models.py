@@ -36,12 +36,14 @@ from koff_export.files import disk_errors, read_json, sha256_file, staged_dir
 from koff_prune.architecture import check, native_dtype
 from koff_prune.gguf_check import check_gguf
 from koff_prune.packages import cache_dir, cached_files, fetch_files
+from koff_prune.progress import say
 from koff_prune.recipe import SEED, ModelSection, PackageFile
 from koff_prune.weights import Weights
 
 # Without their first token these models see text that they were never trained on; a tokenizer that came out
 # of a GGUF file does not always add it.
 _NEED_BOS = ("gemma3_text",)
+_SAMPLES, _SAMPLE = 64, 4096  # places of a weight file that are looked at, and bytes at each
 # Of a configuration: where it came from and how it was stored, not what the network is.
 _NOT_THE_NETWORK = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "_model_name_or_path",
                     "architectures", "_commit_hash")  # fmt: skip
@@ -61,6 +63,7 @@ class Dense:
         revision: Commit of a hub model; None for local ones.
         config_sha256: Digest of what the network is, see `config_sha256`.
         bos: Token id that every window must start with, or None.
+        fingerprint: sha256 over the names, sizes and samples of local weight files; None of a hub's.
     """
 
     config: PretrainedConfig
@@ -72,6 +75,7 @@ class Dense:
     revision: str | None
     config_sha256: str
     bos: int | None
+    fingerprint: str | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -122,6 +126,8 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
                 f"model.source '{_name(section)}' lacks {len(missing)} weights such as {missing[0]}: "
                 "it is incomplete, fetch it again"
             )
+        if unknown := sorted(info["unexpected_keys"]):
+            say(f"model.source: its config knows nothing of {len(unknown)} weights such as {unknown[0]}")
         return model.eval().requires_grad_(False)
 
     def skeleton() -> PreTrainedModel:
@@ -142,10 +148,24 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
         revision=getattr(config, "_commit_hash", None) if isinstance(place, str) else None,
         config_sha256=config_sha256(config),
         bos=first_token(tokenizer, config.model_type),
+        fingerprint=_fingerprint(folder) if isinstance(place, Path) else None,
     )
     if dense.weights is None:
         _ = dense.model  # what is wrong with it is told now
     return dense
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells one set of weights from another of the same shapes without reading all of it."""
+    mark = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        mark.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for n in range(_SAMPLES):
+                file.seek(size * n // _SAMPLES)
+                mark.update(file.read(_SAMPLE))
+    return mark.hexdigest()
 
 
 def _generation(source: str, **options: Any) -> GenerationConfig:

@@ -134,6 +134,8 @@ class TextSource(Section):
             raise ValueError("a package needs `files` and `sha256` (of the wheel) beside it")
         for template in (self.text, self.key or ""):
             parse(template)
+        if "{" not in self.text:  # every document would be this text
+            raise ValueError(f'`text: "{self.text}"` names no field; write "{{{self.text}}}"')
         if self.remove is not None:
             try:
                 re.compile(self.remove)

@@ -25,6 +25,7 @@ from koff_export.errors import KoffError
 from koff_export.files import disk_errors, read_json, recover, recover_below, write_json, write_text
 from koff_prune import ranks
 from koff_prune.architecture import native_dtype
+from koff_prune.chat import tokens
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Recipe
 
@@ -39,6 +40,13 @@ if TYPE_CHECKING:
 PACKAGES = ("koff-prune", "torch", "transformers", "peft", "torch-pruning", "optimum", "accelerate",
             "datasets",
             "onnx", "onnxruntime", "safetensors", "numpy")  # fmt: skip
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    if not isinstance(value, dict) or not value:
+        return {place: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{place}.{key}".lstrip(".")).items()}
 
 
 def versions() -> dict[str, str]:
@@ -127,7 +135,7 @@ class Run:
                 stamp.unlink()  # of a recipe that was refused, and has been mended since
             elif seen.get("recipe") != self.digest:
                 raise KoffError(
-                    f"{self.folder}: holds a run of another recipe;"
+                    f"{self.folder}: holds a run of another recipe{self._differs()};"
                     " choose another --out, or remove the folder"
                 )
             elif not resume:
@@ -155,6 +163,22 @@ class Run:
         model = self.recipe.model.model_copy(update={"dtype": dtype})
         self.recipe = self.recipe.model_copy(update={"model": model})
 
+    def _differs(self) -> str:
+        """The first keys whose values are not the run's, in words."""
+        try:
+            known = yaml.safe_load((self.folder / "recipe.yaml").read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return ""
+        then, now = _flat(known), _flat(self.recipe.model_dump(mode="json"))
+        keys = [
+            k
+            for k in {**now, **then}
+            if then.get(k) != now.get(k) and not k.startswith(("compare", "export"))
+        ]
+        more = f" and {len(keys) - 3} keys more" if len(keys) > 3 else ""
+        told = [f"{key} is {now.get(key)!r} here and {then.get(key)!r} there" for key in keys[:3]]
+        return f" ({', '.join(told)}{more})" if told else ""
+
     def _barely_begun(self) -> bool:
         """Whether there is nothing but what a recipe says and the texts it reads; then those are removed."""
         texts, resolved = self.folder / "domains", self.folder / "recipe.yaml"
@@ -180,7 +204,18 @@ class Run:
         from koff_prune.models import open_dense
 
         say(f"model: {_short(self.recipe.model.source)}")
-        return open_dense(self.recipe.model)
+        dense = open_dense(self.recipe.model)
+        stamp = self.folder / "run.json"
+        told = read_json(stamp)
+        if told.get("weights", dense.fingerprint) != dense.fingerprint:
+            place = _short(self.recipe.model.source)
+            raise KoffError(
+                f"model.source: the weights at {place} have changed since the run in {self.folder} began;"
+                " choose another --out"
+            )
+        if "weights" not in told and not ranks.rank():
+            write_json(stamp, {**told, "weights": dense.fingerprint})
+        return dense
 
     def fresh(self) -> Any:
         """The dense model, to be wrapped or cut."""
@@ -215,6 +250,12 @@ class Run:
             if not path.exists():
                 say(f"domain {name}: reading and tokenising")
                 blocks = load_domain(name, domain, self.dense.tokenizer, self.recipe, bos=self.dense.bos)
+                largest, known = int(tokens(blocks.train).max()), self.dense.config.vocab_size
+                if largest >= known:
+                    raise KoffError(
+                        f"model.source: its tokenizer gives token {largest}, and the model has {known}"
+                        " embeddings; give it the tokenizer that it was trained with"
+                    )
                 folder.mkdir(exist_ok=True)
                 save_blocks(blocks, folder)
             result[name] = load_blocks(path)

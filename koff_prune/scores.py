@@ -34,6 +34,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from koff_export.errors import KoffError
 from koff_export.files import check_safetensors
 from koff_prune.chat import IGNORED, tokens_and_labels
 from koff_prune.device import device_of
@@ -146,6 +147,9 @@ def collect(
 
     Returns:
         The statistics, float32 on the CPU, wherever the model is.
+
+    Raises:
+        KoffError: The model's output is no number.
     """
     result = Statistics()
     layers = decoder_layers(model)
@@ -172,6 +176,11 @@ def collect(
                 logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
                 if not said.all():
                     logits = logits[said]
+                if not torch.isfinite(logits).all():
+                    raise KoffError(
+                        "model.source: what the dense model says of the scoring text is not finite; name"
+                        " whole weights, or set model.dtype: float32"
+                    )
                 labels = [wanted[1:][said], *_drawn(logits.detach(), generator)]
                 for n, target in enumerate(labels):
                     loss = functional.cross_entropy(logits, target, reduction="sum")

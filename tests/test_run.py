@@ -15,10 +15,14 @@ import pytest
 import torch
 from model_helpers import tiny_config
 from run_helpers import koff_prune, memory_bytes, recipe_of
+from safetensors.torch import load_file, save_file
+from text_helpers import tiny_tokenizer
+from transformers import AutoTokenizer
 
 import koff_prune as package
 from koff_export.errors import KoffError
 from koff_export.files import read_json, sha256_file
+from koff_prune.domains import load_domain
 from koff_prune.learn import LearnTrainer, steps_of, steps_of_both, whole_checkpoints
 from koff_prune.memory import load_memory
 from koff_prune.plan import Plan
@@ -396,3 +400,83 @@ def test_a_heavier_domain_gets_more_text_and_the_report_counts_it(tmp_path: Path
         n: len(load_tensors(tmp_path / "run" / "domains" / f"{n}.safetensors")["train"]) for n in domains
     }
     assert blocks["law"] > 1.5 * blocks["code"]
+
+
+def test_other_weights_do_not_go_on_with_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gates of one model and a cut of another would be a finished report that is wrong."""
+    recipe, out = recipe_of(tmp_path), tmp_path / "run"
+    assert koff_prune(capsys, "learn", recipe, "--out", out).code == 0
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({k: v + 0.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    answer = koff_prune(capsys, "cut", recipe, "--out", out, "--resume")
+    assert answer.code == 2 and "the weights at" in answer.err and "have changed" in answer.err, answer.err
+
+
+def test_another_recipe_is_told_by_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = recipe_of(tmp_path), tmp_path / "run"
+    assert koff_prune(capsys, "learn", recipe, "--out", out).code == 0
+    other = koff_prune(capsys, "cut", recipe, "--out", out, "--resume", "--set", "learn.warmup=0.2")
+    assert other.code == 2 and "learn.warmup is 0.2 here and" in other.err, other.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"memory": {"kv": {"tokens": 600}}}, "memory.kv.tokens: a cache of 600 and a window of 16 are more"),
+        (
+            {"learn": {"window": 4096, "tokens": 8192 * 3, "settle_tokens": 0}},
+            "learn.window: 4096 is more than",
+        ),
+    ],
+)
+def test_what_has_no_positions_is_told_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], says: str
+) -> None:
+    recipe = recipe_of(tmp_path, **settings)
+    for name in ("law", "code"):
+        (tmp_path / name / "long.txt").write_text("the court " * 20_000)
+    answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2 and says in answer.err, answer.err
+    assert not (tmp_path / "run" / "gates.safetensors").exists()
+
+
+def test_weights_that_are_no_numbers_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    answer = koff_prune(capsys, "plan", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2 and "is not finite; name whole weights" in answer.err, answer.err
+
+
+def test_a_tokenizer_of_another_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["court"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    for n in range(9):
+        (tmp_path / "law" / f"x{n}.txt").write_text("court " * 99 + str(n))
+    answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2 and "and the model has" in answer.err, answer.err
+
+
+def test_records_without_text_and_texts_without_a_field_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path)
+    rows = [{"body": f"the court of {n} " * 40} if n % 4 else {"other": 1} for n in range(120)]
+    (tmp_path / "law.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = "domains.law.source={path: law.jsonl, text: %s}"
+    command = ("learn", recipe, "--out", tmp_path / "run", "--set")
+    plain = koff_prune(capsys, *command, source % "body")
+    assert plain.code == 2 and '`text: "body"` names no field; write "{body}"' in plain.err, plain.err
+    told = koff_prune(capsys, *command, source % '"{body}"')
+    assert told.code == 0 and "30 of 120 records give no text" in told.err, told.err
+
+
+def test_little_text_is_told_to_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path, learn={"tokens": 200_000})
+    loaded = load_recipe(recipe)
+    load_domain("law", loaded.domains["law"], tiny_tokenizer(), loaded, bos=None)
+    assert "training tokens are read" in capsys.readouterr().err
