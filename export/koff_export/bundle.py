@@ -366,9 +366,8 @@ def check_file(folder: str | os.PathLike[str], manifest: Manifest, name: str, *,
         raise KoffError(f"the bundle's file {name!r} is missing: fetch the bundle again")
     size = path.stat().st_size
     if size != entry["size"]:
-        raise KoffError(
-            f"the bundle's file {name!r} has {size} bytes instead of {entry['size']}: fetch it again"
-        )
+        more = f"{size} bytes instead of {entry['size']}"
+        raise KoffError(f"the bundle's file {name!r} has {more}: fetch it again")
     if hashes and sha256_file(path) != entry["sha256"]:
         raise KoffError(f"the bundle's file {name!r} has another sha256 than {MANIFEST} says: fetch it again")
     return path
