@@ -119,7 +119,10 @@ def test_the_backbone_is_what_plan_json_says(bundle: Path) -> None:
     wanted = {"fp32": "onnx/model.onnx", "int8": int8, "int8_dynamic": int8}
     assert manifest["graph"]["precisions"] == wanted
     card = (bundle / "README.md").read_text()
-    assert "base_model" in card and "Perplexity" in card and "| law |" in card
+    assert "# model, " in card and "Perplexity" in card and "| law |" in card
+    assert "base_model" not in card and str(place) not in card, (
+        "a local path is no hub id, and nobody's business"
+    )
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -369,6 +372,9 @@ def test_one_memory_merged_computes_the_same_without_slots(
     assert answer.code == 0, answer.err
     merged = place / "run" / "bundle-law"
     assert koff_prune(capsys, "verify", merged).code == 0
+    card = (merged / "README.md").read_text()
+    assert "with the memory of law in it" in card and "code" not in card.split("```")[0]
+    assert "memories off" not in card, "nobody can take it off"
     ids = token_ids(20).tolist()
     whole, baked = Runtime.open(place / "run" / "bundle"), Runtime.open(merged)
     assert baked.memories == []
