@@ -63,7 +63,7 @@ class Dense:
         revision: Commit of a hub model; None for local ones.
         config_sha256: Digest of what the network is, see `config_sha256`.
         bos: Token id that every window must start with, or None.
-        fingerprint: sha256 over the names, sizes and samples of local weight files; None of a hub's.
+        fingerprint: Of local weights: a GGUF file's sha256, else one of names, sizes and samples; or None.
     """
 
     config: PretrainedConfig
@@ -101,11 +101,13 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
     """
     place = _find(section, cache)
     options: dict[str, Any] = {"local_files_only": True}
+    mark = None
     if isinstance(place, Path):
         folder = place
         if gguf := _gguf_in(place):
             folder = _dequantised(gguf, section, cache)
         _check_folder(folder)
+        mark = folder.name.partition("-")[0] if gguf else _fingerprint(folder)
         # A tokenizer that lies beside a GGUF file is the model's own; the one inside is a conversion.
         beside = place.is_dir() and _has_tokenizer(place)
         source, tokens = str(folder), str(place if beside else folder)
@@ -148,7 +150,7 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
         revision=getattr(config, "_commit_hash", None) if isinstance(place, str) else None,
         config_sha256=config_sha256(config),
         bos=first_token(tokenizer, config.model_type),
-        fingerprint=_fingerprint(folder) if isinstance(place, Path) else None,
+        fingerprint=mark,
     )
     if dense.weights is None:
         _ = dense.model  # what is wrong with it is told now

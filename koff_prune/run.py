@@ -176,7 +176,7 @@ class Run:
             if then.get(k) != now.get(k) and not k.startswith(("compare", "export"))
         ]
         more = f" and {len(keys) - 3} keys more" if len(keys) > 3 else ""
-        told = [f"{key} is {now.get(key)!r} here and {then.get(key)!r} there" for key in keys[:3]]
+        told = [f"{key} is {now.get(key)!r:.60} here and {then.get(key)!r:.60} there" for key in keys[:3]]
         return f" ({', '.join(told)}{more})" if told else ""
 
     def _barely_begun(self) -> bool:
