@@ -46,8 +46,9 @@ def compare(run: Run) -> list[dict[str, Any]]:
     for asked in run.recipe.compare:
         arm = arm_of(asked, run)
         attached = arm.trained_with != "none"
-        if asked.ranking is not None:
-            answers.setdefault((arm, attached), []).append(asked.ranking)
+        ranking = asked.ranking or arm.ranking
+        if ranking is not None and ranking not in answers.setdefault((arm, attached), []):
+            answers[arm, attached].append(ranking)
         if (arm, attached) in seen:
             continue
         seen.add((arm, attached))
@@ -56,7 +57,7 @@ def compare(run: Run) -> list[dict[str, Any]]:
             learn_arm(run, arm, place)
         rows.append(_row(run, arm, place, attached=attached))
         if (arm, attached) in answers:
-            rows[-1]["asked"] = answers[arm, attached]
+            rows[-1]["asked"] = answers[arm, attached]  # one list, which later rows add to
         if arm.method == "dense" and run.recipe.cut.recover is not None:  # what `offloaded` begins from
             rows.append(_row(run, arm, place, attached=False))
     with ranks.turn():

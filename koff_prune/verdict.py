@@ -41,9 +41,7 @@ class Row(TypedDict):
     parameters: dict[str, int]
     seconds: float
     note: NotRequired[str]  # what tells this row from one that the keys above do not tell apart
-    asked: NotRequired[
-        list[str]
-    ]  # rankings that the recipe asked for and this row answers: better, global, …
+    asked: NotRequired[list[str]]  # the rankings by which the recipe asks for this row: better, global, …
     nll: NotRequired[dict[str, list[float]]]  # per domain, the mean nats per token of every window
     counts: NotRequired[dict[str, list[int]]]  # per domain, the predicted tokens of every window
     documents: NotRequired[dict[str, list[int]]]  # per domain, the document of every window
@@ -345,9 +343,8 @@ def resample(rows: Sequence[Row]) -> np.ndarray | None:
     total = np.zeros((len(rows), RESAMPLES))
     for name in sorted(documents):
         known, owner = np.unique(documents[name], return_inverse=True)
-        counts = np.array(
-            rows[0].get("counts", {}).get(name, np.ones(len(owner)))
-        )  # windows are of one length
+        # without counts all windows are of one length
+        counts = np.array(rows[0].get("counts", {}).get(name, np.ones(len(owner))))
         tokens = np.bincount(owner, weights=counts)
         sums = np.array([np.bincount(owner, weights=counts * r["nll"][name]) for r in rows])
         if len(known) < 2 or not np.isfinite(sums).all():
