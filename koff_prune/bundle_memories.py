@@ -13,13 +13,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import AutoTokenizer
 
 from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
-from koff_export.files import disk_errors, fsync_path, read_json, staged_dir, write_json
+from koff_export.files import disk_errors, fsync_path, staged_dir
+from koff_prune.adding import in_words_of_add, recipe_of, same_work
 from koff_prune.attach import attach, attach_memory
 from koff_prune.bundle_places import beside, check_places, shipped, unlisted
 from koff_prune.bundling import MEMORY_LEARN, compose_saved
@@ -30,12 +30,10 @@ from koff_prune.evaluate import window_losses
 from koff_prune.formats import tell_memory, write_gguf_memory, write_onnx_memory
 from koff_prune.learn import Phase, spends, steps_of, train
 from koff_prune.lock import alone
-from koff_prune.memory import Memories, memory_of_folder, save_memory
+from koff_prune.memory import Memories, save_memory
 from koff_prune.numerics import CHECKED, TOLERANCE, numerics
 from koff_prune.packing import PACKED, extract
 from koff_prune.progress import bar, say
-from koff_prune.reading import load_recipe
-from koff_prune.recipe import Recipe
 from koff_prune.weights import has_weights
 
 # what the manifest tells beyond sizes, where it is known
@@ -91,7 +89,8 @@ def add_memory(
     """
     manifest = open_manifest(bundle)
     _check_name(bundle, manifest, name, replace)
-    recipe = _recipe(bundle, manifest, name, data, tokens, overrides)
+    with in_words_of_add(name):
+        recipe = recipe_of(bundle, manifest, name, data, tokens, overrides)
     for file in manifest.files:
         if "/" not in file:
             check_file(bundle, manifest, file)
@@ -100,9 +99,10 @@ def add_memory(
         _check_name(bundle, manifest, name, replace)
         _check_length(manifest, name, recipe.memory.kv.tokens if recipe.memory.kv else 0)
         work = bundle / f".adding-{name}"
-        _same_work(work, recipe)
         tokenizer = AutoTokenizer.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
-        blocks = load_domain(name, recipe.domains[name], tokenizer, recipe, bos=manifest.bos)
+        with in_words_of_add(name):
+            blocks = load_domain(name, recipe.domains[name], tokenizer, recipe, bos=manifest.bos)
+        same_work(work, recipe)
         model = on_device(load_backbone(bundle))
         memories = Memories(model, recipe.memory, {name: blocks.prefill}, recipe.seed)
         learn = recipe.learn
@@ -327,49 +327,6 @@ def _publish(
             aside.unlink(missing_ok=True)
     set_domain(bundle, name, told)
     return told
-
-
-def _recipe(
-    bundle: Path, manifest: Manifest, name: str, data: Path, tokens: int, overrides: list[str] | None
-) -> Recipe:
-    """A recipe of one domain around the bundle: its memory as the bundle's others, no gates to learn."""
-    if tokens < 1:
-        raise KoffError(f"--tokens: {tokens} is not above 0; name the tokens to train on")
-    if data.suffix in (".yaml", ".yml"):
-        try:
-            domain = yaml.safe_load(data.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise KoffError(f"{data}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
-        if isinstance(domain, dict) and "source" not in domain and set(domain) == {name}:
-            domain = domain[name]  # as it stands under `domains:` in a recipe
-    else:
-        domain = {"source": str(data.resolve())}
-    others = list(manifest.domains)
-    memory = {}
-    if others:
-        memory = memory_of_folder(bundle / "memories" / others[0]).model_dump(mode="json")
-        memory = {part: value or "none" for part, value in memory.items()}
-    known = manifest.told.get("learn", {})  # not in bundles of earlier versions
-    learn = {key: known[key] for key in MEMORY_LEARN if key in known} if isinstance(known, dict) else {}
-    made = {
-        "version": 1, "model": {"source": str(bundle.resolve())}, "domains": {name: domain},
-        **({"memory": memory} if memory else {}),
-        "learn": {"window": min(512, manifest.window), **learn, "tokens": 0, "settle_tokens": tokens},
-        "evaluate": {"window": manifest.window},
-    }  # fmt: skip
-    recipe = load_recipe(data.resolve(), overrides, text=yaml.safe_dump(made, sort_keys=False))
-    if recipe.cut.recover is not None:
-        raise KoffError("cut.recover: the backbone of a bundle does not change; leave it out")
-    return recipe
-
-
-def _same_work(work: Path, recipe: Recipe) -> None:
-    """What an interrupted training left is gone on with where it is of the same recipe, else dropped."""
-    stamp = work / "recipe.json"
-    if stamp.exists() and read_json(stamp).get("recipe") != recipe.digest():
-        shutil.rmtree(work)
-    work.mkdir(exist_ok=True)
-    write_json(stamp, {"recipe": recipe.digest()})
 
 
 def _told(bundle: Path, manifest: Manifest, name: str) -> Told:

@@ -158,11 +158,17 @@ def make_plan(
             other = removed_parameters(near, units) / whole
             if other != realised:
                 break
+        setting = f"units {structure.units}, round_to {structure.round_to}, widths {structure.widths}"
+        if other == realised < structure.sparsity:
+            more = "" if "kv_groups" in structure.units else ", or add kv_groups to structure.units"
+            raise KoffError(
+                f"structure.sparsity {structure.sparsity}: at most {realised:.4f} of {structure.of} can be"
+                f" removed ({setting}); lower it{more}"
+            )
         nearest = " and ".join(f"{s:.4f}" for s in sorted({realised, other}))
         raise KoffError(
             f"structure.sparsity {structure.sparsity}: nothing reachable lies within {TOLERANCE} of it;"
-            f" the nearest are {nearest} (units {structure.units}, round_to {structure.round_to},"
-            f" widths {structure.widths})"
+            f" the nearest are {nearest} ({setting}); take one of them, or a smaller structure.round_to"
         )
     return Plan(
         model=model,

@@ -26,6 +26,7 @@ from koff_export.files import disk_errors, read_json, recover, recover_below, wr
 from koff_prune import ranks
 from koff_prune.architecture import native_dtype
 from koff_prune.chat import tokens
+from koff_prune.places import is_moved, local_paths
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Recipe
 
@@ -131,9 +132,11 @@ class Run:
         recover(stamp)
         if stamp.exists():
             seen = read_json(stamp)
-            if seen.get("recipe") != self.digest and self._barely_begun():
+            known = seen.get("recipe") == self.digest
+            moved = not known and is_moved(self.recipe, seen.get("recipe"), seen.get("paths"))
+            if not known and not moved and self._barely_begun():
                 stamp.unlink()  # of a recipe that was refused, and has been mended since
-            elif seen.get("recipe") != self.digest:
+            elif not known and not moved:
                 raise KoffError(
                     f"{self.folder}: holds a run of another recipe{self._differs()};"
                     " choose another --out, or remove the folder"
@@ -142,6 +145,8 @@ class Run:
                 raise KoffError(
                     f"{self.folder}: holds a run of this recipe; continue it with --resume, or choose --out"
                 )
+            elif moved:
+                self._settle_here(stamp, seen)
             recover_below(self.folder)  # here alone: in a folder that is no run, nothing is ours to remove
         elif any(p.name != ".lock" for p in self.folder.iterdir()):
             raise KoffError(f"{self.folder}: is not empty and holds no run; choose another --out")
@@ -151,17 +156,27 @@ class Run:
                 {
                     "format": 1,
                     "recipe": self.digest,
+                    "paths": local_paths(self.recipe),
                     "dtype": native_dtype(self.recipe.model.dtype),
                     "versions": versions(),
                 },
             )
         if not (self.folder / "recipe.yaml").exists():
-            resolved = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-            write_text(self.folder / "recipe.yaml", resolved)
+            self._write_recipe()
         # resolved once: a run that moves to another machine goes on in the type that it began in
         dtype = read_json(stamp).get("dtype", self.recipe.model.dtype)
         model = self.recipe.model.model_copy(update={"dtype": dtype})
         self.recipe = self.recipe.model_copy(update={"model": model})
+
+    def _write_recipe(self) -> None:
+        resolved = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        write_text(self.folder / "recipe.yaml", resolved)
+
+    def _settle_here(self, stamp: Path, seen: dict[str, Any]) -> None:
+        """Makes the run the moved recipe's; whether the weights are the same is seen when they are read."""
+        say(f"{self.folder}: was begun where the project lay before; going on with its files here")
+        self._write_recipe()
+        write_json(stamp, {**seen, "recipe": self.digest, "paths": local_paths(self.recipe)})
 
     def _differs(self) -> str:
         """The first keys whose values are not the run's, in words."""

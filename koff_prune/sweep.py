@@ -19,6 +19,7 @@ from koff_export.files import read_json, recover, staged_dir, write_json
 from koff_prune import ranks
 from koff_prune.lock import alone
 from koff_prune.pages import finite, infinite
+from koff_prune.places import is_moved, local_paths
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, Recipe
 from koff_prune.verdict import Row
@@ -133,6 +134,7 @@ def sweep(
     with alone(out):
         with ranks.turn():
             _enter(recipe, out, resume or ranks.rank() > 0)
+        _check_targets(recipe, out, asked)
         found = []
         for n, point in enumerate(asked, 1):
             say(f"sweep {n} of {len(asked)}: seed {point.seed}, sparsity {point.sparsity:g}"
@@ -148,7 +150,9 @@ def sweep(
 def _enter(recipe: Recipe, out: Path, resume: bool) -> None:
     stamp = out / "sweep-of.json"
     if stamp.exists():
-        if read_json(stamp).get("recipe") != recipe.digest():
+        seen = read_json(stamp)
+        same = seen.get("recipe") == recipe.digest()
+        if not same and not is_moved(recipe, seen.get("recipe"), seen.get("paths")):
             raise KoffError(f"{out}: holds a sweep of another recipe; choose another --out")
         if not resume:
             raise KoffError(
@@ -156,7 +160,21 @@ def _enter(recipe: Recipe, out: Path, resume: bool) -> None:
             )
     elif any(p.name != ".lock" for p in out.iterdir()):
         raise KoffError(f"{out}: is not empty and holds no sweep; choose another --out")
-    write_json(stamp, {"format": 1, "recipe": recipe.digest()})
+    write_json(stamp, {"format": 1, "recipe": recipe.digest(), "paths": local_paths(recipe)})
+
+
+def _check_targets(recipe: Recipe, out: Path, asked: Sequence[Point]) -> None:
+    """Refuses a sparsity that the model cannot have, before hours go into those in front of it."""
+    first = asked[0]
+    others = {point.sparsity for point in asked if not (out / point.folder / ROWS).exists()}
+    if not others - {first.sparsity}:
+        return
+    from koff_prune.plan import even_plan
+    from koff_prune.run import Run
+
+    with ranks.turn(), Run(first.recipe(recipe), out / first.folder, resume=True) as run:
+        for sparsity in sorted(others):
+            even_plan(run.units, Point(first.seed, sparsity, None).recipe(recipe).structure)
 
 
 def _compare_at(recipe: Recipe, point: Point, out: Path, before: Sequence[Point]) -> list[Row]:

@@ -459,3 +459,32 @@ def test_mistakes_are_told(place: Path, bundle: Path, capsys: pytest.CaptureFixt
         answer = koff_prune(capsys, *case)
         assert answer.code == 2 and "Traceback" not in answer.err, case
         assert answer.err.count("\n") == 1, answer.err
+
+
+@pytest.mark.parametrize(
+    ("data", "tokens", "says"),
+    [
+        ("nothing", "64", "--data is "),
+        ("short", "64", "give more text in --data"),
+        ("sea", "3", "--tokens: 3 make no step of "),
+    ],
+)
+def test_a_mistake_of_add_is_told_by_its_options(
+    place: Path,
+    bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: str,
+    tokens: str,
+    says: str,
+) -> None:
+    """And nothing is left in the bundle."""
+    shutil.copytree(place / "sea", tmp_path / "sea")
+    (tmp_path / "short").mkdir()
+    for n in range(20):
+        (tmp_path / "short" / f"{n}.txt").write_text(f"court {n}")
+    options = ("--name", "x", "--data", tmp_path / data, "--tokens", tokens, "--set", "evaluate.tokens=4096")
+    answer = koff_prune(capsys, "memory", "add", bundle, *options)
+    assert answer.code == 2 and says in answer.err, answer.err
+    assert "domains." not in answer.err and "settle_tokens" not in answer.err
+    assert not list(bundle.glob(".adding-*"))

@@ -419,6 +419,32 @@ def test_another_recipe_is_told_by_what_differs(tmp_path: Path, capsys: pytest.C
     assert other.code == 2 and "learn.warmup is 0.2 here and" in other.err, other.err
 
 
+def test_a_project_that_was_moved_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Model, texts, recipe and run folder, moved as one; a newer copy of a text is not that."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    recipe = recipe_of(here)
+    assert koff_prune(capsys, "learn", recipe, "--out", here / "run").code == 0
+    gates = sha256_file(here / "run" / "gates.safetensors")
+    shutil.move(here, there)
+    recipe = there / recipe.name
+    command = ("cut", recipe, "--out", there / "run")
+    unasked = koff_prune(capsys, *command)
+    assert unasked.code == 2 and "holds a run of this recipe; continue it with --resume" in unasked.err
+    moved = koff_prune(capsys, *command, "--resume")
+    assert moved.code == 0 and "where the project lay before" in moved.err, moved.err
+    assert sha256_file(there / "run" / "gates.safetensors") == gates
+    assert str(here) not in (there / "run" / "recipe.yaml").read_text()
+    assert str(here) not in (there / "run" / "run.json").read_text()
+    again = koff_prune(capsys, *command, "--resume")
+    assert again.code == 0 and "lay before" not in again.err
+    newer = there / "newer" / "law"
+    shutil.copytree(there / "law", newer)
+    recipe.write_text(recipe.read_text().replace("source: law", "source: newer/law"))
+    refused = koff_prune(capsys, *command, "--resume")
+    assert refused.code == 2 and "another recipe" in refused.err
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -118,6 +118,29 @@ def test_a_budget_keeps_the_recipes_split(tmp_path: Path) -> None:
     assert (mine.seed, mine.structure.sparsity) == (3, 0.2)
 
 
+def test_a_sweep_refuses_every_target_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0.9 is asked for last, and nothing is trained for 0.1 before it is refused."""
+    recipe, out = recipe_of(tmp_path), tmp_path / "sweep"
+    answer = koff_prune(capsys, "compare", recipe, "--out", out, "--sparsity", "0.1,0.9")
+    assert answer.code == 2 and "structure.sparsity 0.9: at most 0." in answer.err, answer.err
+    assert not list(out.rglob("gates.safetensors")) and not list(out.rglob("checkpoints"))
+
+
+def test_a_sweep_that_was_moved_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    recipe = recipe_of(here)
+    asked = ("--sparsity", "0.1", "--seed", "0,1")
+    assert koff_prune(capsys, "compare", recipe, "--out", here / "sweep", *asked).code == 0
+    here.rename(there)
+    command = ("compare", there / recipe.name, "--out", there / "sweep", *asked, "--resume")
+    gates = {p: p.stat().st_mtime_ns for p in there.rglob("gates.safetensors")}
+    (there / "sweep" / "seed-1" / "sparsity-0.1" / "rows.json").unlink()
+    moved = koff_prune(capsys, *command)
+    assert moved.code == 0, moved.err
+    assert gates == {p: p.stat().st_mtime_ns for p in there.rglob("gates.safetensors")}
+
+
 def test_a_sweep_shares_resumes_and_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The ceiling is trained once a seed; a second call trains nothing; a new sparsity only its own."""
     compare = [{"method": "dense", "trained_with": "same"}, {"method": "fisher", "trained_with": "same"}]

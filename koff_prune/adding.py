@@ -1,0 +1,92 @@
+"""What `memory add` makes of its options: a recipe of one domain around a finished bundle."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from koff_export.bundle import Manifest
+from koff_export.errors import KoffError
+from koff_export.files import read_json, write_json
+from koff_prune.bundling import MEMORY_LEARN
+from koff_prune.learn import steps_of
+from koff_prune.memory import memory_of_folder
+from koff_prune.reading import load_recipe
+from koff_prune.recipe import Recipe
+
+
+def recipe_of(
+    bundle: Path, manifest: Manifest, name: str, data: Path, tokens: int, overrides: list[str] | None
+) -> Recipe:
+    """A recipe whose memory is as the bundle's others and learned as they were, with no gates to learn.
+
+    Args:
+        bundle: The bundle's folder.
+        manifest: The bundle's.
+        name: Of the new memory.
+        data: Texts (a file or folder), or a YAML file with a domain (`source: …`).
+        tokens: To train on.
+        overrides: `dotted.key=value` of a recipe.
+
+    Raises:
+        KoffError: The data are not there or no domain, or the tokens make no step.
+    """
+    if tokens < 1:
+        raise KoffError(f"--tokens: {tokens} is not above 0; name the tokens to train on")
+    if data.suffix in (".yaml", ".yml"):
+        try:
+            domain = yaml.safe_load(data.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise KoffError(f"{data}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
+        if isinstance(domain, dict) and "source" not in domain and set(domain) == {name}:
+            domain = domain[name]  # as it stands under `domains:` in a recipe
+    else:
+        domain = {"source": str(data.resolve())}
+    others = list(manifest.domains)
+    memory = {}
+    if others:
+        memory = memory_of_folder(bundle / "memories" / others[0]).model_dump(mode="json")
+        memory = {part: value or "none" for part, value in memory.items()}
+    known = manifest.told.get("learn", {})  # not in bundles of earlier versions
+    learn = {key: known[key] for key in MEMORY_LEARN if key in known} if isinstance(known, dict) else {}
+    made = {
+        "version": 1, "model": {"source": str(bundle.resolve())}, "domains": {name: domain},
+        **({"memory": memory} if memory else {}),
+        "learn": {"window": min(512, manifest.window), **learn, "tokens": 0, "settle_tokens": tokens},
+        "evaluate": {"window": manifest.window},
+    }  # fmt: skip
+    recipe = load_recipe(data.resolve(), overrides, text=yaml.safe_dump(made, sort_keys=False))
+    if recipe.cut.recover is not None:
+        raise KoffError("cut.recover: the backbone of a bundle does not change; leave it out")
+    if not steps_of(tokens, recipe.learn, 1):
+        step = recipe.learn.window * recipe.learn.batch
+        raise KoffError(
+            f"--tokens: {tokens} make no step of {step} (learn.window x learn.batch);"
+            " raise it, or lower learn.batch"
+        )
+    return recipe
+
+
+@contextmanager
+def in_words_of_add(name: str) -> Iterator[None]:
+    """A mistake in what `memory add` was given is told by its options, not by keys of a recipe."""
+    try:
+        yield
+    except KoffError as error:
+        told = str(error)
+        for key in (f"`domains.{name}.source.path`", f"domains.{name}.source"):
+            told = told.replace(key, "--data")
+        raise KoffError(told) from error
+
+
+def same_work(work: Path, recipe: Recipe) -> None:
+    """What an interrupted training left is gone on with where it is of the same recipe, else dropped."""
+    stamp = work / "recipe.json"
+    if stamp.exists() and read_json(stamp).get("recipe") != recipe.digest():
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    write_json(stamp, {"recipe": recipe.digest()})

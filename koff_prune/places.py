@@ -1,0 +1,61 @@
+"""Where a recipe's local files lie, and whether it is the same recipe in a project that was moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from koff_prune.recipe import Recipe
+
+
+def _holders(data: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The mappings that hold a local path, in a fixed order, each with its key."""
+    model = data["model"]
+    if isinstance(model["source"], str) and Path(model["source"]).is_absolute():
+        yield model, "source"
+    for domain in data["domains"].values():
+        source = domain["source"]
+        for one in source if isinstance(source, list) else [source]:
+            if one["path"]:
+                yield one, "path"
+
+
+def local_paths(recipe: Recipe) -> list[str]:
+    """The absolute paths that a recipe's digest covers, in a fixed order."""
+    return [holder[key] for holder, key in _holders(recipe.model_dump(mode="json"))]
+
+
+def is_moved(recipe: Recipe, digest: Any, paths: Any) -> bool:
+    """Whether `recipe` is the one of `digest` with all that changed place moved from one folder to one other.
+
+    What is still where it was has not moved: a recipe that names another version of a text is another recipe.
+
+    Args:
+        recipe: As read from where it lies now.
+        digest: Of the recipe as it was.
+        paths: `local_paths` of the recipe as it was, from a file: anything at all.
+    """
+    data = recipe.model_dump(mode="json")
+    holders = list(_holders(data))
+    if not isinstance(paths, list) or len(paths) != len(holders):
+        return False
+    roots = set()
+    for (holder, key), old in zip(holders, paths, strict=True):
+        if not isinstance(old, str):
+            return False
+        if old != holder[key]:
+            if Path(old).name != Path(holder[key]).name or Path(old).exists():
+                return False
+            roots.add(_roots(old, holder[key]))
+        holder[key] = old
+    return len(roots) == 1 and Recipe.model_validate(data).digest() == digest
+
+
+def _roots(old: str, new: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is left of two paths without the end that they share."""
+    one, other = Path(old).parts, Path(new).parts
+    shared = 0
+    while shared < min(len(one), len(other)) and one[-1 - shared] == other[-1 - shared]:
+        shared += 1
+    return one[: len(one) - shared], other[: len(other) - shared]
