@@ -255,10 +255,10 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
 
 def _card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> str:
-    """The model card; a local path is nobody else's business, nor a hub id."""
+    """The model card; a local path is no hub id."""
     source = run.recipe.model.source
     local_path = isinstance(source, str) and Path(source).exists()
-    name = Path(str(source)).name if local_path else run.model_identity["source"]
+    name = run.model_identity["source"]
     lines = [
         "---", "library_name: koff-prune", *([] if local_path else [f"base_model: {name}"]), "---", "",
         f"# {name}, {plan.realised:.1%} removed", "",

@@ -244,8 +244,12 @@ def first_token(tokenizer: PreTrainedTokenizerBase, model_type: str) -> int | No
 
 
 def _name(section: ModelSection) -> str:
+    """What a bundle tells of where the model came from: of a local path no more than its last part."""
     source = section.source
-    return f"{source.package}:{source.file}" if isinstance(source, PackageFile) else source
+    if isinstance(source, PackageFile):
+        return f"{source.package}:{source.file}"
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def _find(section: ModelSection, cache: Path | None) -> Path | str:

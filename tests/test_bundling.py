@@ -120,9 +120,10 @@ def test_the_backbone_is_what_plan_json_says(bundle: Path) -> None:
     assert manifest["graph"]["precisions"] == wanted
     card = (bundle / "README.md").read_text()
     assert "# model, " in card and "Perplexity" in card and "| law |" in card
-    assert "base_model" not in card and str(place) not in card, (
-        "a local path is no hub id, and nobody's business"
-    )
+    assert "base_model" not in card, "a local path is no hub id"
+    for path in bundle.rglob("*"):
+        assert path.is_dir() or str(place).encode() not in path.read_bytes(), f"{path} tells a local path"
+    assert manifest["model"]["source"] == "model"
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
