@@ -18,7 +18,7 @@ from koff_export.files import write_json, write_text
 from koff_prune import chat
 from koff_prune.arms import main_arm
 from koff_prune.device import on_device
-from koff_prune.evaluate import window_losses
+from koff_prune.evaluate import mean_nats, window_losses
 from koff_prune.figures import shares_by_layer
 from koff_prune.pages import finite, render
 from koff_prune.plan import Kept, make_plan
@@ -122,23 +122,26 @@ def _swaps(run: Run, tokens: int) -> dict[str, Any]:
                 name: window_losses(memories, rows, None if name == OFF else name, progress) for name in names
             }
     documents = {n: b.heldout_documents[: len(windows[n])] for n, b in run.domains.items()}
+    counts = {n: b.heldout_counts[: len(windows[n])] for n, b in run.domains.items()}
     wrong = {
         text: {
-            name: _difference(losses[text][name], losses[text][text], documents[text])
+            name: _difference(losses[text][name], losses[text][text], documents[text], counts[text])
             for name in names
             if name != text
         }
         for text in windows
     }
-    matrix = {t: {n: sum(v) / len(v) for n, v in by_name.items()} for t, by_name in losses.items()}
+    matrix = {t: {n: mean_nats(v, counts[t]) for n, v in by_name.items()} for t, by_name in losses.items()}
     return {"nats": matrix, "wrong_minus_right": wrong}
 
 
-def _difference(wrong: list[float], right: list[float], documents: list[int]) -> dict[str, Any]:
+def _difference(
+    wrong: list[float], right: list[float], documents: list[int], counts: list[int]
+) -> dict[str, Any]:
     """Mean of wrong - right, nats per token; its interval from a bootstrap over two documents or more."""
     _, owner = np.unique(documents, return_inverse=True)
-    sums = np.bincount(owner, weights=np.subtract(wrong, right))
-    count = np.bincount(owner)
+    sums = np.bincount(owner, weights=np.subtract(wrong, right) * counts)
+    count = np.bincount(owner, weights=counts)
     if len(count) < 2:
         return {"value": float(sums.sum() / count.sum()), "low": None, "high": None}
     generator = np.random.default_rng(SEED)

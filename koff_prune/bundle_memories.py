@@ -26,7 +26,7 @@ from koff_prune.bundling import MEMORY_LEARN, compose_saved
 from koff_prune.cut import load_backbone
 from koff_prune.device import on_device
 from koff_prune.domains import load_domain
-from koff_prune.evaluate import window_losses
+from koff_prune.evaluate import mean_nats, window_losses
 from koff_prune.formats import tell_memory, write_gguf_memory, write_onnx_memory
 from koff_prune.learn import Phase, spends, steps_of, train
 from koff_prune.lock import alone
@@ -116,7 +116,7 @@ def add_memory(
             del model, memories
             memories = attach(on_device(load_backbone(bundle)), name, tensors, recipe.memory)
         losses = [window_losses(memories, blocks.heldout, who) for who in (name, None)]
-        means = [sum(values) / len(values) for values in losses]
+        means = [mean_nats(values, blocks.heldout_counts) for values in losses]
         with staged_dir(work / "memory") as aside:
             save_memory(aside, memories.tensors(name), recipe.memory, str(manifest.model.get("source", "")))
         more = {

@@ -45,6 +45,11 @@ def window_losses(
     return losses
 
 
+def mean_nats(values: Sequence[float], counts: Sequence[int]) -> float:
+    """Mean nats per predicted token over windows of `counts` such tokens each."""
+    return sum(value * n for value, n in zip(values, counts, strict=True)) / sum(counts)
+
+
 def perplexities(losses: Mapping[str, list[float]], counts: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Per domain exp(mean nats per token), or infinity for no number; their geometric mean as `gmean`.
 
@@ -52,10 +57,7 @@ def perplexities(losses: Mapping[str, list[float]], counts: Mapping[str, Sequenc
         losses: Per domain, `window_losses`.
         counts: Per domain, the predicted tokens of every window.
     """
-    means = {
-        name: sum(value * n for value, n in zip(values, counts[name], strict=True)) / sum(counts[name])
-        for name, values in losses.items()
-    }
+    means = {name: mean_nats(values, counts[name]) for name, values in losses.items()}
     means["gmean"] = sum(means.values()) / len(means)
     # beyond what a float holds, and where a model gave no number at all
     return {name: math.exp(value) if value < _MOST else math.inf for name, value in means.items()}

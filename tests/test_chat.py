@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,11 @@ def test_a_run_learns_from_messages(tmp_path: Path, capsys: pytest.CaptureFixtur
     told = json.loads(capsys.readouterr().out)
     assert told["perplexity"] == pytest.approx(koff, rel=1e-3)
     assert told["tokens"] == sum(blocks.heldout_counts) < blocks.heldout.numel()
+    assert koff_prune(capsys, "analyze", tmp_path / "run").code == 0
+    swaps = json.loads((tmp_path / "run" / "analysis.json").read_text())["swaps"]
+    assert math.exp(swaps["nats"]["chat"]["chat"]) == pytest.approx(koff, rel=1e-5)
+    cost = swaps["nats"]["chat"]["law"] - swaps["nats"]["chat"]["chat"]
+    assert swaps["wrong_minus_right"]["chat"]["law"]["value"] == pytest.approx(cost, abs=1e-9)
 
 
 @pytest.mark.parametrize(
