@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from koff_export.files import read_json, write_json
 from koff_prune.bundling import MEMORY_LEARN
 from koff_prune.learn import steps_of
 from koff_prune.memory import memory_of_folder
-from koff_prune.reading import load_recipe
+from koff_prune.reading import load_recipe, read_yaml
 from koff_prune.recipe import Recipe
 
 
@@ -37,11 +38,9 @@ def recipe_of(
     """
     if tokens < 1:
         raise KoffError(f"--tokens: {tokens} is not above 0; name the tokens to train on")
-    if data.suffix in (".yaml", ".yml"):
-        try:
-            domain = yaml.safe_load(data.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise KoffError(f"{data}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
+    in_yaml = data.suffix in (".yaml", ".yml")
+    if in_yaml:
+        domain = read_yaml(data)[0]
         if isinstance(domain, dict) and "source" not in domain and set(domain) == {name}:
             domain = domain[name]  # as it stands under `domains:` in a recipe
     else:
@@ -59,7 +58,11 @@ def recipe_of(
         "learn": {"window": min(512, manifest.window), **learn, "tokens": 0, "settle_tokens": tokens},
         "evaluate": {"window": manifest.window},
     }  # fmt: skip
-    recipe = load_recipe(data.resolve(), overrides, text=yaml.safe_dump(made, sort_keys=False))
+    try:
+        recipe = load_recipe(data.resolve(), overrides, text=yaml.safe_dump(made, sort_keys=False))
+    except KoffError as error:  # lines and keys of a recipe that nobody wrote
+        told = re.sub(r"(?m)^recipe .*?, line \d+: ", f"{data}: " if in_yaml else "", str(error))
+        raise KoffError(told.replace(f"domains.{name}.", "") if in_yaml else told) from error
     if recipe.cut.recover is not None:
         raise KoffError("cut.recover: the backbone of a bundle does not change; leave it out")
     if not steps_of(tokens, recipe.learn, 1):

@@ -16,7 +16,7 @@ from koff_prune.bundling import write_bundle
 from koff_prune.chat import tokens
 from koff_prune.compare import compare as _compare
 from koff_prune.learn import check_processes, check_steps
-from koff_prune.needs import dry_plan
+from koff_prune.needs import check_context, dry_plan
 from koff_prune.plan import even_plan
 from koff_prune.progress import say
 from koff_prune.reading import load_recipe
@@ -92,35 +92,13 @@ def _prepare(run: Run) -> None:
             structure.widths == "per_layer",
             "kv_groups" not in structure.units,
         )
-    _check_context(run)
+    check_context(run.recipe, run.dense.config.max_position_embeddings)
     longest = max((row.kv_tokens or 0 for row in run.recipe.compare), default=0)
     for name, blocks in run.domains.items():
         if longest > (there := tokens(blocks.train).numel()):
             raise KoffError(
                 f"compare: kv_tokens {longest} begins as so much training text, and domain {name} has {there}"
                 " tokens of it: lower it, or raise learn.tokens"
-            )
-
-
-def _check_context(run: Run) -> None:
-    """Before anything is trained: windows, and learned caches in front of them, have positions."""
-    recipe, context = run.recipe, run.dense.config.max_position_embeddings
-    windows = {
-        "learn.window": recipe.learn.window,
-        "evaluate.window": recipe.evaluate.window,
-        "scoring.window": recipe.scoring.window,
-    }
-    for key, window in windows.items():
-        if window > context:
-            raise KoffError(f"{key}: {window} is more than the model's {context} positions; lower it")
-    kv = {"memory.kv.tokens": recipe.memory.kv.tokens if recipe.memory.kv else 0}
-    kv |= {"compare: kv_tokens": max((row.kv_tokens or 0 for row in recipe.compare), default=0)}
-    longest = max(recipe.learn.window, recipe.evaluate.window)
-    for key, count in kv.items():
-        if count + longest > context:
-            raise KoffError(
-                f"{key}: a cache of {count} and a window of {longest} are more than the model's {context}"
-                " positions; lower it, or learn.window and evaluate.window"
             )
 
 

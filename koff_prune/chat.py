@@ -28,14 +28,21 @@ def chat_of(messages: Any) -> Chat | None:
         ValueError: They are no list of {"role": text, "content": text}.
     """
     if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(_content(m), str)
         for m in messages
     ):
         raise ValueError('messages must be a list of {"role": "…", "content": "…"}')
-    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+    # whole, for templates know more than the two: an assistant that calls a tool says nothing else
+    turns = [{k: v for k, v in m.items() if v is not None} | {"content": _content(m)} for m in messages]
     if not any(turn["role"] == "assistant" for turn in turns):
         return None
-    return Chat(json.dumps(turns, ensure_ascii=False))
+    return Chat(json.dumps(turns, ensure_ascii=False, default=str))
+
+
+def _content(message: dict[str, Any]) -> Any:
+    """What a message says; where it calls tools it may say nothing."""
+    said = message.get("content")
+    return "" if said is None and message.get("tool_calls") else said
 
 
 def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -47,6 +54,7 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not tokenizer.chat_template:
         raise KoffError("model.source: its tokenizer has no chat template; give text instead of messages")
     messages, done, ids = json.loads(chat), "", []
+    spans: list[tuple[int, int]] = []  # of `done`, what the assistant says
     for n, message in enumerate(messages):
         if message["role"] != "assistant" and n + 1 < len(messages):
             continue
@@ -60,7 +68,28 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             )
         ids += [-1 - i for i in _encode(tokenizer, before[len(done) :])]
         ids += [i if learned else -1 - i for i in _encode(tokenizer, after[len(before) :])]
+        if learned:
+            spans.append((len(before), len(after)))
         done = after
+    return _as_a_whole(done, spans, tokenizer) or ids
+
+
+def _as_a_whole(
+    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> list[int] | None:
+    """Tokens of the whole text, for some tokenizers begin a text otherwise than they go on with it.
+
+    None where a token reaches over an end of what the assistant says: what is asked at run time ends there.
+    """
+    if not tokenizer.is_fast:
+        return None
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = []
+    for token, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+        if any(start < edge < end for span in spans for edge in span):
+            return None
+        learned = any(first <= start < last for first, last in spans)
+        ids.append(token if learned else -1 - token)
     return ids
 
 

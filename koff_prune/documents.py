@@ -1,13 +1,13 @@
 """From a source in a recipe to documents: (key, text) pairs, in the order of the files.
 
-Tables (jsonl, csv, parquet, arrow, hub datasets) are read by `datasets`, streamed, so that nothing is copied.
+Everything is streamed, so that nothing is copied; `records.py` reads the files.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
-import sqlite3
 import sysconfig
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
@@ -19,12 +19,9 @@ from koff_prune.chat import Chat, chat_of
 from koff_prune.packages import fetch_files
 from koff_prune.progress import say
 from koff_prune.recipe import TextSource
+from koff_prune.records import Record, first_line, kind_of, records, rows
 from koff_prune.templates import lookup, render
 
-Record = dict[str, Any]
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
-_SQLITE = (".db", ".sqlite", ".sqlite3")
 _PIECE, _LONG_PIECE = 2_000, 8_000  # characters; see `_pieces`
 _STDLIB_BYTES = (500, 400_000)
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -47,12 +44,12 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
         KoffError: A missing or unreadable file, a template that does not fit the records, a query that fails.
     """
     remove = re.compile(source.remove) if source.remove else None
-    rows = (
-        (i, named, record) for i, (named, records) in enumerate(_tables(source, cache)) for record in records
+    all_rows = (
+        (i, named, record) for i, (named, table) in enumerate(_tables(source, cache)) for record in table
     )
     fields: list[str] = []
     found, read, empty = False, 0, 0
-    for (_, named), table in groupby(islice(rows, source.limit), key=lambda row: row[:2]):
+    for (_, named), table in groupby(islice(all_rows, source.limit), key=lambda row: row[:2]):
         key_template = source.key or ("{key}" if named else None)
         if source.messages:
             for _, _, record in table:
@@ -117,11 +114,16 @@ def describe(source: TextSource) -> str:
 
 
 def _wanted(record: Record, source: TextSource) -> bool:
-    for path, value in (source.where or {}).items():
-        found = lookup(record, path)
-        if found != value or isinstance(found, bool) != isinstance(value, bool):
-            return False
-    return True
+    return all(_says(lookup(record, path), value) for path, value in (source.where or {}).items())
+
+
+def _says(found: Any, value: Any) -> bool:
+    """Whether a field has a value; where a table is text alone, also as text."""
+    if isinstance(found, str) and isinstance(value, bool):
+        return found.strip().lower() == str(value).lower()
+    if isinstance(found, str) and isinstance(value, int | float):
+        return found.strip() in (str(value), f"{value:g}")
+    return bool(found == value) and isinstance(found, bool) == isinstance(value, bool)
 
 
 def _tables(source: TextSource, cache: Path | None) -> Iterator[tuple[bool, Iterable[Record]]]:
@@ -130,23 +132,16 @@ def _tables(source: TextSource, cache: Path | None) -> Iterator[tuple[bool, Iter
         yield False, _hub(source)
         return
     files = sorted(_files(source, cache))
-    texts = [(name, path) for name, path in files if _kind(path) == "text"]
-    for name, path in files:
-        if (kind := _kind(path)) == "sqlite":
-            yield True, _rows(path, source)
+    texts = [(name, path) for name, path in files if kind_of(path) == "text"]
+    for _, path in files:
+        if (kind := kind_of(path)) == "sqlite":
+            yield True, rows(path, source.query)
         elif kind != "text":
-            yield False, _streamed(name, path, kind)
+            yield False, records(path, kind)
     if len(files) == 1 and texts and not source.python_stdlib:
         yield True, _pieces(*texts[0])
     elif texts:
         yield True, ({"key": name, "text": _read(path)} for name, path in texts)
-
-
-def _kind(path: Path) -> str:
-    """`sqlite`, `text`, or the name of the builder in `datasets` that reads the file."""
-    suffixes = [s.lower() for s in path.suffixes if s.lower() not in _PACKED]
-    last = suffixes[-1] if suffixes else ""
-    return "sqlite" if last in _SQLITE else _BUILDERS.get(last, "text")
 
 
 def _files(source: TextSource, cache: Path | None) -> list[tuple[str, Path]]:
@@ -180,12 +175,19 @@ def _files(source: TextSource, cache: Path | None) -> list[tuple[str, Path]]:
 
 
 def _walk(root: Path, patterns: list[str]) -> list[tuple[str, Path]]:
-    found = []
-    for path in root.rglob("*"):
-        name = path.relative_to(root).as_posix()
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if not hidden and any(fnmatch.fnmatchcase(name, p) for p in patterns) and path.is_file():
-            found.append((name, path))
+    """Name and path of the files below a folder; links are followed, each folder is entered once."""
+    found: list[tuple[str, Path]] = []
+    entered: set[str] = set()
+    for folder, inside, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        inside[:] = [] if place in entered else sorted(d for d in inside if not d.startswith("."))
+        for file in [] if place in entered else files:
+            path = Path(folder, file)
+            name = path.relative_to(root).as_posix()
+            wanted = not file.startswith(".") and any(fnmatch.fnmatchcase(name, p) for p in patterns)
+            if wanted and path.is_file():
+                found.append((name, path))
+        entered.add(place)
     return found
 
 
@@ -214,17 +216,6 @@ def _pieces(name: str, path: Path) -> Iterator[Record]:
     yield {"key": f"{name}#{number}", "text": "".join(piece)}
 
 
-def _streamed(name: str, path: Path, builder: str) -> Iterator[Record]:
-    from datasets import load_dataset
-
-    if path.stat().st_size == 0:
-        raise KoffError(f"{path} is empty")
-    try:
-        yield from load_dataset(builder, data_files=[str(path)], split="train", streaming=True)
-    except Exception as error:  # datasets raises what its readers do: pyarrow's, json's, zlib's errors
-        raise KoffError(f"{path} cannot be read as {builder}: {_first_line(error)}") from error
-
-
 def _hub(source: TextSource) -> Iterator[Record]:
     from datasets import load_dataset
 
@@ -235,35 +226,6 @@ def _hub(source: TextSource) -> Iterator[Record]:
         )  # fmt: skip
     except Exception as error:  # as above, and the hub's and the network's
         raise KoffError(
-            f"hub {source.hub}: the dataset cannot be read ({_first_line(error)}); "
+            f"hub {source.hub}: the dataset cannot be read ({first_line(error)}); "
             "check its id, `config`, `dataset_split`, `files` and the network"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
-
-
-_READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
-
-
-def _rows(path: Path, source: TextSource) -> Iterator[Record]:
-    """Rows of `source.query`; the query may read this file and do nothing else."""
-    if source.query is None:
-        raise KoffError(f"{path} is a SQLite file: set `query` to SQL that yields (key, text) rows")
-    try:
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
-        try:
-            connection.set_authorizer(
-                lambda action, *_: sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY
-            )
-            cursor = connection.execute(source.query)
-            if len(cursor.description or ()) != 2:
-                raise KoffError(f"query of {path.name}: must select two columns, the key and the text")
-            for key, text in cursor:
-                yield {"key": "" if key is None else str(key), "text": "" if text is None else str(text)}
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise KoffError(f"query of {path.name}: {error}") from error

@@ -137,10 +137,10 @@ def load_domain(
     }
     key = max(least, key=least.__getitem__)
     wanted = max(train_windows * (learn.window - lead), least[key])
-    train, sources = _stream(sides.train, tokenizer, wanted, _PIECE * learn.window, recipe.seed)
+    train, sources = _stream(sides.train, tokenizer, wanted, _PIECE * learn.window, recipe.seed, bos)
     _need(name, "training", train, sides.train, key, least[key])
     wanted = heldout_windows * (evaluate.window - lead)
-    heldout, owners = _stream(sides.heldout, tokenizer, wanted, _PIECE * evaluate.window, recipe.seed)
+    heldout, owners = _stream(sides.heldout, tokenizer, wanted, _PIECE * evaluate.window, recipe.seed, bos)
     _need(name, "held-out", heldout, sides.heldout, _size_key("evaluate", evaluate), wanted)
     passes = (mine / recipe.step_batches) / max(1, len(train) // (learn.window - lead) * learn.window)
     if passes > _MANY:
@@ -180,6 +180,7 @@ def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None 
         given = source.key is not None or source.query is not None
         for key, text in _of(f"domains.{name}.source" + f"[{i}]" * many, documents(source, cache=cache)):
             read += 1
+            key, text = _encodable(key), _encodable(text)
             held = _share(key) < domain.split.heldout if source.use == "split" else source.use == "heldout"
             document = found.setdefault(hashlib.sha256(text.encode()).hexdigest(), _Document(text))
             document.held |= held
@@ -221,6 +222,13 @@ def _of(place: str, found: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str
         raise KoffError(f"{place}: {error}") from error
 
 
+def _encodable(text: str) -> str:
+    """Without the halves of characters that some files and file names hold, which no tokenizer takes."""
+    if text.isascii() or isinstance(text, Chat):
+        return text
+    return text.encode("utf-8", "replace").decode()
+
+
 def _share(key: str) -> float:
     """A key's place in [0, 1), evenly spread."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
@@ -240,7 +248,7 @@ def _need_documents(name: str, domain: Domain, sides: dict[bool, list[tuple[str,
 
 
 def _stream(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, wanted: int, size: int, seed: int
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, wanted: int, size: int, seed: int, bos: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of shuffled pieces of about `size` characters, each followed by end-of-text.
 
@@ -268,13 +276,18 @@ def _stream(
         )["input_ids"] if plain else [])  # fmt: skip
         for _, owner, piece in batch:
             if isinstance(piece, Chat):
-                row = [*chat_tokens(piece, tokenizer), -1 - tokenizer.eos_token_id]
+                row = [*_without(bos, chat_tokens(piece, tokenizer)), -1 - tokenizer.eos_token_id]
             else:
                 row = [*next(encoded), tokenizer.eos_token_id]
             ids += row
             owners += [owner] * len(row)
     keep = max(wanted, 0)
     return torch.tensor(ids[:keep], dtype=torch.long), torch.tensor(owners[:keep], dtype=torch.long)
+
+
+def _without(bos: int | None, row: list[int]) -> list[int]:
+    """A conversation without the first token that its template writes and every window has already."""
+    return row[1:] if bos is not None and row and row[0] in (bos, -1 - bos) else row
 
 
 def pieces(text: str, size: int) -> Iterator[str]:

@@ -330,10 +330,12 @@ def _read_config(path: Path, key: str) -> PretrainedConfig:
         raise KoffError(f"{key}: {path} is no model configuration, for it names no model_type")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KoffError(
-            f"{key}: {path} cannot be read as a model configuration ({str(error)[:200]})"
-        ) from error
+    except Exception as error:  # transformers raises whatever values that cannot be lead it to
+        raise KoffError(f"{key}: {path} cannot be read as a model configuration ({_short(error)})") from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _kept(gguf: Path, section: ModelSection, cache: Path | None) -> Path:
@@ -382,7 +384,10 @@ def _read_gguf(gguf: Path, section: ModelSection) -> tuple[PreTrainedModel, Pret
 
 def _gguf_config(gguf: Path) -> PretrainedConfig:
     check_gguf(gguf)
-    return _clean(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False))
+    try:
+        return _clean(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False))
+    except Exception as error:  # as above
+        raise KoffError(f"model.source: {gguf} holds no configuration to read ({_short(error)})") from error
 
 
 def _clean(config: PretrainedConfig) -> PretrainedConfig:

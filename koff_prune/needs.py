@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from koff_export.errors import KoffError
 from koff_prune.architecture import Units, config_of, native_dtype, units_of_config
 from koff_prune.plan import Plan, even_plan
 from koff_prune.recipe import Lora, Recipe
@@ -19,8 +20,35 @@ GATED = 40  # bytes of a gate: the same, and what re-estimated ones gather
 def dry_plan(recipe: Recipe) -> dict[str, Any]:
     """`units`, an even `plan` and `config` (a mapping), from the model's config alone."""
     config = config_of(recipe.model)
+    if isinstance(context := config.get("max_position_embeddings"), int):
+        check_context(recipe, context)
     units = units_of_config(config)
     return {"units": units, "plan": even_plan(units, recipe.structure), "config": config}
+
+
+def check_context(recipe: Recipe, context: int) -> None:
+    """Whether windows, and learned caches in front of them, have positions.
+
+    Raises:
+        KoffError: They have not; names the key.
+    """
+    windows = {
+        "learn.window": recipe.learn.window,
+        "evaluate.window": recipe.evaluate.window,
+        "scoring.window": recipe.scoring.window,
+    }
+    for key, window in windows.items():
+        if window > context:
+            raise KoffError(f"{key}: {window} is more than the model's {context} positions; lower it")
+    kv = {"memory.kv.tokens": recipe.memory.kv.tokens if recipe.memory.kv else 0}
+    kv |= {"compare: kv_tokens": max((row.kv_tokens or 0 for row in recipe.compare), default=0)}
+    longest = max(recipe.learn.window, recipe.evaluate.window)
+    for key, count in kv.items():
+        if count + longest > context:
+            raise KoffError(
+                f"{key}: a cache of {count} and a window of {longest} are more than the model's {context}"
+                " positions; lower it, or learn.window and evaluate.window"
+            )
 
 
 @dataclass(frozen=True)

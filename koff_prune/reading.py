@@ -39,12 +39,7 @@ def load_recipe(
         KoffError: One line per mistake, each with its YAML line, key, value and mend.
     """
     path = Path(path)
-    node = _compose(path, text)
-    loader = _Loader("")
-    try:
-        data = loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise KoffError(_yaml_mistake(path, error)) from error
+    data, node = read_yaml(path, text)
     if not isinstance(data, dict):
         raise KoffError(f"recipe {path}: must be a mapping of keys such as `model:` and `domains:`")
     where = _Where(path, node)
@@ -78,6 +73,9 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
+
+_MOST = 100_000  # values of a recipe
 
 
 def _compose(path: Path, text: str | None = None) -> yaml.Node:
@@ -162,6 +160,29 @@ class _Where:
         return line
 
 
+def read_yaml(path: Path, text: str | None = None) -> tuple[Any, yaml.Node]:
+    """What a YAML file, or `text` in its place, holds, and where.
+
+    Raises:
+        KoffError: It is no YAML, or names a key twice.
+    """
+    node = _compose(path, text)
+    try:
+        return _unshared(_Loader("").construct_document(node), [0]), node
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise KoffError(_yaml_mistake(path, error)) from error
+
+
+def _unshared(data: Any, count: list[int]) -> Any:
+    """A copy in which what YAML names twice by an alias stands twice, so that one can be overridden alone."""
+    count[0] += 1
+    if count[0] > _MOST:
+        raise ValueError(f"its aliases stand for more than {_MOST:,} values")
+    if isinstance(data, dict):
+        return {key: _unshared(value, count) for key, value in data.items()}
+    return [_unshared(value, count) for value in data] if isinstance(data, list) else data
+
+
 def _override(data: dict[str, Any], item: str) -> Loc:
     """Writes one `dotted.key=value` into `data`; returns where."""
     name, sign, text = item.partition("=")
@@ -170,7 +191,7 @@ def _override(data: dict[str, Any], item: str) -> Loc:
         raise KoffError(f"--set {item}: write it as key.key=value, such as learn.tokens=100000")
     try:
         value = _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise KoffError(f"--set {item}: the value is not valid YAML") from error
     place: Any = data
     loc: list[int | str] = []
@@ -333,8 +354,13 @@ def _resolve(recipe: Recipe, folder: Path) -> tuple[Recipe, list[tuple[Loc, str]
     missing: list[tuple[Loc, str]] = []
 
     def local(holder: dict[str, Any], key: str, loc: Loc) -> None:
-        found = (folder / Path(holder[key]).expanduser()).resolve()
-        if not found.exists() and SEED not in holder[key]:  # a sweep looks for its seeds' models itself
+        try:
+            found = (folder / Path(holder[key]).expanduser()).resolve()
+            there = found.exists()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such user, too long
+            missing.append((loc, f"`{_dotted(loc)}` is '{holder[key][:80]}': is no path ({str(error)[:80]})"))
+            return
+        if not there and SEED not in holder[key]:  # a sweep looks for its seeds' models itself
             missing.append(
                 (loc, f"`{_dotted(loc)}` is '{holder[key]}': there is no such file or folder ({found})")
             )
@@ -356,6 +382,9 @@ def _resolve(recipe: Recipe, folder: Path) -> tuple[Recipe, list[tuple[Loc, str]
 
 def _is_local(source: str, folder: Path) -> bool:
     """Whether a model source is a path: it exists, or it cannot be a hub id."""
-    return (folder / Path(source).expanduser()).exists() or not re.fullmatch(
-        r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.gguf)", source
-    )
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.gguf)", source):
+        return True
+    try:
+        return (folder / source).exists()
+    except OSError:
+        return True

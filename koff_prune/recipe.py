@@ -106,7 +106,8 @@ class TextSource(Section):
         default=None, description="Regular expression whose matches are deleted from the text."
     )
     where: dict[str, Scalar] | None = Field(
-        default=None, description="Keep only records whose (dotted) fields equal these values."
+        default=None,
+        description="Keep only records whose (dotted) fields equal these values; numbers also as text.",
     )
     limit: Int | None = Field(default=None, ge=1, description="Read only the first so many records or files.")
     use: Literal["split", "train", "heldout"] = Field(
@@ -132,10 +133,10 @@ class TextSource(Section):
             )
         if self.package and (self.sha256 is None or self.files is None):
             raise ValueError("a package needs `files` and `sha256` (of the wheel) beside it")
-        for template in (self.text, self.key or ""):
-            parse(template)
-        if "{" not in self.text:  # every document would be this text
-            raise ValueError(f'`text: "{self.text}"` names no field; write "{{{self.text}}}"')
+        for key, template in (("text", self.text), ("key", self.key)):
+            if template is not None and not any(path for _, path, _ in parse(template)):
+                # every document would be this text, or all of them one
+                raise ValueError(f'`{key}: "{template}"` names no field; write "{{{template.strip("{}")}}}"')
         if self.remove is not None:
             try:
                 re.compile(self.remove)

@@ -265,7 +265,9 @@ class Run:
             if not path.exists():
                 say(f"domain {name}: reading and tokenising")
                 blocks = load_domain(name, domain, self.dense.tokenizer, self.recipe, bos=self.dense.bos)
-                largest, known = int(tokens(blocks.train).max()), self.dense.config.vocab_size
+                parts = (blocks.train, blocks.scoring, blocks.heldout, blocks.prefill)
+                largest = max(int(tokens(part).max()) for part in parts if part.numel())
+                known = self.dense.config.vocab_size
                 if largest >= known:
                     raise KoffError(
                         f"model.source: its tokenizer gives token {largest}, and the model has {known}"

@@ -23,7 +23,8 @@ def render(template: str, record: Mapping[str, Any]) -> str:
     """Fills a template from a record.
 
     Raises:
-        ValueError: The template is malformed, or a `|literal` field holds no Python literal.
+        ValueError: The template is malformed, a `|literal` field holds no Python literal, or a field holds
+            bytes that are no text.
     """
     out = []
     for text, path, literal in parse(template):
@@ -101,4 +102,9 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, list | tuple | set):
         items = sorted(value, key=str) if isinstance(value, set) else value
         return [text for item in items for text in _strings(item) if text]
+    if isinstance(value, bytes):
+        try:
+            return [value.decode()]
+        except UnicodeDecodeError as error:
+            raise ValueError("a field holds bytes that are no UTF-8 text") from error
     return [] if value is None else [str(value)]

@@ -11,14 +11,16 @@ import torch
 from model_helpers import tiny_model
 from run_helpers import koff_prune, recipe_of
 from text_helpers import jsonl, tiny_tokenizer
+from tokenizers import Tokenizer
 from torch.nn import functional
 
 from koff_export.cli import main as koff_run
 from koff_export.errors import KoffError
 from koff_prune.chat import Chat, chat_of, chat_tokens, tokens, tokens_and_labels
-from koff_prune.domains import load_blocks
+from koff_prune.domains import load_blocks, load_domain
 from koff_prune.evaluate import window_losses
 from koff_prune.memory import Memories
+from koff_prune.reading import load_recipe
 from koff_prune.recipe import Memory
 
 TEMPLATE = (
@@ -49,6 +51,56 @@ def test_the_assistants_turns_and_their_ends_are_learned() -> None:
     read, labels = tokens_and_labels(ids)
     assert made.decode(labels[labels >= 0]) == "Hello.</assistant>\nBye.</assistant>\n"
     assert torch.equal(read[labels >= 0], labels[labels >= 0])
+
+
+def test_a_call_of_a_tool_is_what_the_assistant_says() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}</{{ m.role }}>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    talk, made = chat_of([{"role": "user", "content": "Hi", "tool_calls": None}, call]), tokenizer(template)
+    assert talk is not None
+    _, labels = tokens_and_labels(torch.tensor(chat_tokens(talk, made)))
+    assert made.decode(labels[labels >= 0]) == "[look]</assistant>\n"
+    with pytest.raises(ValueError, match="must be a list"):
+        chat_of([{"role": "user", "content": None}, call])
+
+
+def test_a_reply_is_tokenised_inside_its_conversation() -> None:
+    """A tokenizer that begins a text with a space of its own does not begin every turn with one."""
+    made = tokenizer()
+    backend = json.loads(made.backend_tokenizer.to_str())
+    backend["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "use_regex": False,
+        "trim_offsets": False,
+    }
+    spaced = type(made)(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), bos_token="<bos>", eos_token="<eos>"
+    )
+    spaced.chat_template = TEMPLATE
+    talk = chat_of(TALK)
+    assert talk is not None
+    read, labels = tokens_and_labels(torch.tensor(chat_tokens(talk, spaced)))
+    whole = spaced.apply_chat_template(TALK, tokenize=False)
+    assert read.tolist() == spaced(whole, add_special_tokens=False)["input_ids"]
+    assert spaced.decode(labels[labels >= 0]) == "Hello.</assistant>\nBye.</assistant>\n"
+
+
+def test_windows_and_templates_do_not_both_begin_with_bos(tmp_path: Path) -> None:
+    talks = [{"talk": [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": "yes " * 9}]}
+             for n in range(90)]  # fmt: skip
+    jsonl(tmp_path / "talks.jsonl", talks)
+    source = {"path": "talks.jsonl", "messages": "talk"}
+    recipe = load_recipe(recipe_of(tmp_path, domains={"chat": {"source": source}}))
+    made = tokenizer("{{ bos_token }}" + TEMPLATE)
+    blocks = load_domain("chat", recipe.domains["chat"], made, recipe, bos=made.bos_token_id)
+    assert blocks.prefill[0] == made.bos_token_id
+    for window in (blocks.prefill, *tokens(blocks.train)):
+        assert (window == made.bos_token_id).sum() == 1
 
 
 def test_what_is_no_conversation_is_told() -> None:

@@ -119,7 +119,7 @@ def test_mistakes_come_in_the_order_of_the_file(write) -> None:
         ("- a\n", "must be a mapping"),
         ("domains: {d: {source: text.txt}}\n", "`model` is missing"),
         (GOOD + "memory: {lora: none, kv: none}\n", "settle_tokens"),
-        ("a: &a [*a]\n", "unknown key `a`"),
+        ("a: &a [*a]\n", "nests too deeply"),
         (GOOD + "  D: {source: text.txt}\n", "differ only in case"),
     ],
 )

@@ -1,0 +1,187 @@
+"""What a file says is what is read: no guesses, no neighbours, no tracebacks."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from model_helpers import tiny_config
+from run_helpers import koff_prune, recipe_of
+
+from koff_export.errors import KoffError
+from koff_prune.documents import documents
+from koff_prune.recipe import TextSource
+
+
+def read(path: Path, **keys: Any) -> list[tuple[str, str]]:
+    return list(documents(TextSource(path=str(path), **keys)))
+
+
+def test_a_files_name_is_no_pattern(tmp_path: Path) -> None:
+    for name, text in (("data[1].jsonl", "this"), ("data1.jsonl", "another"), ("a::b.jsonl", "third")):
+        (tmp_path / name).write_text(f'{{"text": "{text}"}}\n')
+    (tmp_path / "t[1].csv").write_text("text\nthis\n")
+    (tmp_path / "t1.csv").write_text("text\nanother\n")
+    assert read(tmp_path / "data[1].jsonl") == [("this", "this")]
+    assert read(tmp_path / "a::b.jsonl") == [("third", "third")]
+    assert read(tmp_path / "t[1].csv") == [("this", "this")]
+
+
+def test_json_is_read_as_it_is_written(tmp_path: Path) -> None:
+    """No dates, no floats, byte order marks and archives and all."""
+    lines = '\ufeff{"d": "2024-01-01", "n": 1}\n\n{"d": "n/a", "n": 2.5}\n'
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.json").write_text('[{"d": "2024-01-01", "n": 1},\n {"d": "n/a", "n": 2.5}]')
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json"):
+        assert [text for _, text in read(tmp_path / name, text="{d} {n}")] == ["2024-01-01 1", "n/a 2.5"]
+    assert read(tmp_path / "a.jsonl", text="{n}", where={"d": "2024-01-01"}) == [("1", "1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "record 2 is no JSON"),
+        ("a.jsonl", b'["a"]\n', "record 1 is no object"),
+        ("a.json", b"[1, 2]", "record 1 is no object"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "not UTF-8"),
+        ("a.jsonl.gz", b"no archive at all", "cannot be read as json"),
+        ("a.jsonl", b"[" * 100_000, "cannot be read as json"),
+        ("a.parquet", b"PAR1 and nothing more", "cannot be read as parquet"),
+    ],
+)
+def test_what_is_no_json_is_told(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(KoffError, match=says):
+        read(tmp_path / name)
+
+
+def test_tables_of_text_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text,ok\n007,NA,True\n7,null,False\n1e3,,True\n")
+    (tmp_path / "b.tsv").write_text("id\ttext\n007\tone, two\n")
+    assert read(tmp_path / "a.csv", key="{id}") == [("007", "NA"), ("7", "null")]
+    assert read(tmp_path / "a.csv", key="{id}", where={"id": 7}) == [("7", "null")]
+    assert read(tmp_path / "a.csv", key="{id}", where={"ok": True}) == [("007", "NA")]
+    assert read(tmp_path / "b.tsv", key="{id}") == [("007", "one, two")]
+
+
+def test_bytes_are_text_or_an_error(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": pyarrow.array(["café one".encode()], pyarrow.binary())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [text for _, text in read(tmp_path / "a.parquet")] == ["café one"]
+    base = sqlite3.connect(tmp_path / "a.db")
+    base.execute("create table t (k, v)")
+    base.execute("insert into t values ('a', ?)", (b"hello",))
+    base.commit()
+    base.close()
+    assert read(tmp_path / "a.db", query="select k, v from t") == [("a", "hello")]
+
+
+def test_changes_beside_a_database_are_not_overlooked(tmp_path: Path) -> None:
+    base = sqlite3.connect(tmp_path / "a.db")
+    base.execute("pragma journal_mode=wal")
+    base.execute("create table t (k, v)")
+    base.commit()
+    with pytest.raises(KoffError, match="a.db-wal beside it"):
+        read(tmp_path / "a.db", query="select k, v from t")
+    base.close()
+    assert read(tmp_path / "a.db", query="select 1, 'text'") == [("1", "text")]
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one")
+    (tmp_path / "more" / "b.txt").write_text("two")
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "loop").symlink_to(tmp_path / "texts")
+    assert read(tmp_path / "texts") == [("a.txt", "one"), ("linked/b.txt", "two")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"key": "id"}, "`key: .id.` names no field"),
+        ({"text": "{{text}}"}, "names no field"),
+        ({"path": "~nobody-of-this-name/x"}, "is no path"),
+        ({"path": "loop"}, "is no path"),
+        ({"path": "x" * 5000}, "is no path"),
+    ],
+)
+def test_sources_that_cannot_be_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], says: str
+) -> None:
+    import re
+
+    (tmp_path / "loop").symlink_to("loop")
+    recipe = recipe_of(tmp_path, domains={"law": {"source": {"path": "law", **settings}}})
+    answer = koff_prune(capsys, "plan", "--dry-run", recipe)
+    answer = answer if answer.code else koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2 and re.search(says, answer.err) and "law" in answer.err, answer.err
+
+
+def test_a_name_that_is_no_text_is_a_key_like_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path)
+    for n in range(3):
+        Path(os.fsdecode(os.fsencode(tmp_path / "law") + b"/caf\xe9%d.txt" % n)).write_text("the court")
+    answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+
+
+def test_an_override_changes_one_of_two_aliases(tmp_path: Path) -> None:
+    from koff_prune.reading import load_recipe
+
+    path = recipe_of(tmp_path)
+    text = "  law: {source: law, split: &s {heldout: 0.2}}\n  code: {source: code, split: *s}\n"
+    head, _, rest = path.read_text().partition("domains:\n")
+    path.write_text(head + "domains:\n" + text + rest[rest.index("structure:") :])
+    recipe = load_recipe(path, ["domains.code.split.heldout=0.5"])
+    assert [d.split.heldout for d in recipe.domains.values()] == [0.2, 0.5]
+    bomb = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+    bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
+    path.write_text(bomb)
+    with pytest.raises(KoffError, match="stand for more than"):
+        load_recipe(path)
+
+
+def test_a_dry_run_tells_of_windows_without_positions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path)
+    answer = koff_prune(capsys, "plan", "--dry-run", recipe, "--set", "learn.window=4096")
+    assert answer.code == 2 and "learn.window: 4096 is more than" in answer.err, answer.err
+
+
+def test_tokens_that_the_model_has_not_are_told_on_either_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Byte AD, the tokenizer's last letter, stands in what is held out alone."""
+    sources = [{"path": "law", "use": "train"}, {"path": "strange", "use": "heldout"}]
+    recipe = recipe_of(
+        tmp_path, tiny_config(num_hidden_layers=2, vocab_size=250), domains={"law": {"source": sources}}
+    )
+    (tmp_path / "strange").mkdir()
+    for n in range(9):
+        (tmp_path / "strange" / f"{n}.txt").write_text("\u00ad" * 60 + str(n))
+    answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2 and "embeddings; give it the tokenizer" in answer.err, answer.err
+
+
+def test_a_config_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for wrong in ({"num_attention_heads": 0}, {"hidden_size": "32"}):
+        told = {k: v for k, v in config.items() if k not in ("num_key_value_heads", "head_dim")} | wrong
+        (tmp_path / "model" / "config.json").write_text(json.dumps(told))
+        answer = koff_prune(capsys, "plan", "--dry-run", recipe)
+        assert answer.code == 2 and answer.err.startswith("error: ") and answer.err.count("\n") == 1
