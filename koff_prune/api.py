@@ -85,12 +85,13 @@ def _prepare(run: Run) -> None:
         if "fused" in export.onnx.profiles:
             check_fused(run.dense.config)
     if "gguf" in export.formats:
-        from koff_export.gguf import architecture
+        from koff_export.gguf import check_export
 
-        architecture(
-            run.dense.config.model_type,
-            structure.widths == "per_layer",
-            "kv_groups" not in structure.units,
+        check_export(
+            run.dense.config,
+            run.dense.tokenizer,
+            per_layer=structure.widths == "per_layer",
+            whole_heads="kv_groups" not in structure.units,
         )
     check_context(run.recipe, run.dense.config.max_position_embeddings)
     longest = max((row.kv_tokens or 0 for row in run.recipe.compare), default=0)

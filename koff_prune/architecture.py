@@ -102,6 +102,14 @@ def check(config: Mapping[str, Any]) -> None:
         reason = "has no known units"
     if reason:
         raise KoffError(f"model.source: a model of type '{kind}' {reason}; {supported}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    turned = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1
+    scaled = rope.get("rope_type", rope.get("type", "default"))
+    if turned != 1 and scaled != "default" and kind in ("llama", "qwen2", "qwen3", "mistral"):
+        raise KoffError(
+            f"model.source: a {kind} whose rotation is scaled ({scaled}) and partial ({turned}) runs nowhere;"
+            " mend rope_parameters in its config.json"
+        )
     if config.get("quantization_config"):
         raise KoffError("model.source: the weights are quantised; name the unquantised model, or a GGUF file")
     if config.get("per_layer_config"):

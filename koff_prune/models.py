@@ -139,6 +139,8 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
         return model.eval().requires_grad_(False)
 
     weights = Weights.find(source, section.revision)
+    if weights is not None:
+        weights.check_head(config, _name(section))
     tokenizer = _load(AutoTokenizer, tokens, section, **options)
     dense = Dense(
         config=copy.deepcopy(config),

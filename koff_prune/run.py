@@ -134,7 +134,7 @@ class Run:
             seen = read_json(stamp)
             known = seen.get("recipe") == self.digest
             moved = not known and is_moved(self.recipe, seen.get("recipe"), seen.get("paths"))
-            if not known and not moved and self._barely_begun():
+            if not (moved or (known and resume)) and self._barely_begun():
                 stamp.unlink()  # of a recipe that was refused, and has been mended since
             elif not known and not moved:
                 raise KoffError(

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, read_json, write_json
@@ -110,6 +110,21 @@ class Weights:
         """Every tensor in the order of the files, each gone before the next."""
         for name in self.entries:
             yield name, self.read([name])[name]
+
+    def check_head(self, config: PretrainedConfig, name: str) -> None:
+        """Refuses a head of its own under a config that ties it: transformers leaves it, a cut would drop it.
+
+        Raises:
+            KoffError: So it is; names the mend.
+        """
+        if not (getattr(config, "tie_word_embeddings", False) and {EMBEDDINGS, HEAD} <= set(self.entries)):
+            return
+        one, other = self.read([EMBEDDINGS, HEAD]).values()
+        if not torch.equal(one, other):
+            raise KoffError(
+                f"model.source '{name}': its config.json ties the head to the embedding, and its weights hold"
+                " another head; set tie_word_embeddings to false there"
+            )
 
     def fit(self, model: PreTrainedModel) -> bool:
         """Whether these are a model's weights by name and shape: nothing to be renamed, converted or untied.

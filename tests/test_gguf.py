@@ -102,6 +102,40 @@ def test_what_llama_cpp_cannot_read_is_told(
         architecture(model_type, per_layer, all_heads)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "says"),
+    [
+        ("llama", {"hidden_act": "gelu_pytorch_tanh"}, "computes silu"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "sliding windows",
+        ),
+        ("qwen3", {"attention_bias": True}, "attention biases"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "'yarn'"),
+        ("qwen2", {"head_dim": 64}, "whose heads together"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_told_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, settings: dict[str, Any], says: str
+) -> None:
+    config = tiny_config(family, num_hidden_layers=2, **settings)
+    recipe = recipe_of(
+        tmp_path,
+        config,
+        structure={"widths": "uniform", "round_to": 1, "sparsity": 0.1},
+        export={"formats": ["safetensors", "gguf"]},
+    )
+    merging_tokenizer().save_pretrained(tmp_path / "model")
+    answer = koff_prune(capsys, "apply", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2 and says in answer.err and "leave gguf out" in answer.err, answer.err
+    assert not (tmp_path / "run" / "statistics.safetensors").exists()
+    mended = koff_prune(
+        capsys, "plan", recipe, "--out", tmp_path / "run", "--set", "export.formats=[safetensors]"
+    )
+    assert "holds a run" not in mended.err, "nothing had begun"
+
+
 def test_an_architecture_of_no_ones_is_told(tmp_path: Path) -> None:
     with pytest.raises(KoffError, match="gguf.architecture 'x'"):
         export_gguf_lora(tiny_model(), "x", {}, 1, tmp_path / "law.gguf")

@@ -185,3 +185,23 @@ def test_a_config_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / "model" / "config.json").write_text(json.dumps(told))
         answer = koff_prune(capsys, "plan", "--dry-run", recipe)
         assert answer.code == 2 and answer.err.startswith("error: ") and answer.err.count("\n") == 1
+
+
+def test_a_head_of_its_own_under_a_tied_config_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers leaves such a head untied; the cut would drop it."""
+    recipe = recipe_of(tmp_path, tiny_config(num_hidden_layers=2, tie_word_embeddings=False))
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
+    assert answer.code == 2 and "tie_word_embeddings to false" in answer.err, answer.err
+
+
+def test_a_rotation_that_runs_nowhere_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5, "rope_theta": 1e4}
+    recipe = recipe_of(tmp_path)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": rope}))
+    answer = koff_prune(capsys, "plan", "--dry-run", recipe)
+    assert answer.code == 2 and "runs nowhere" in answer.err, answer.err

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors
+from koff_export.writer import activation_of
 
 # By the recipe's name: of the matrices; of embedding and head; llama.cpp's name for such a file.
 _TYPES = {
@@ -43,6 +44,47 @@ _SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": "qwen2",
 }
+
+
+def check_export(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, per_layer: bool, whole_heads: bool
+) -> None:
+    """Whether a cut of this model can be written, before anything is trained.
+
+    Args:
+        config: Of the dense model or of a backbone.
+        tokenizer: The model's.
+        per_layer: Whether layers will differ in width.
+        whole_heads: Whether no heads are removed.
+
+    Raises:
+        KoffError: llama.cpp would not open the file, or would compute something else; with the mend.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wide = config.num_attention_heads * head_dim == config.hidden_size
+    if config.model_type == "qwen2" and not wide:
+        raise KoffError(
+            "export.formats: llama.cpp reads a qwen2 whose heads together are as wide as its hidden state;"
+            " leave gguf out"
+        )
+    architecture(config.model_type, per_layer, whole_heads)
+    kind = _rope_kind(config)
+    reason = None
+    if activation_of(config) not in ("silu", "swish"):
+        reason = f"computes silu in a {config.model_type}, and this one has {activation_of(config)}"
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        reason = f"knows no sliding windows of a {config.model_type}"
+    elif config.model_type == "qwen3" and getattr(config, "attention_bias", False):
+        reason = "knows no attention biases of a qwen3"
+    elif kind not in ("default", "linear", "llama3"):
+        reason = f"would be given rope scaling {kind!r}, which is not written"
+    if reason:
+        raise KoffError(f"export.formats: llama.cpp {reason}; leave gguf out")
+    _split_of(tokenizer)
+
+
+def _rope_kind(config: PretrainedConfig) -> str:
+    return str(dict(config.rope_parameters).get("rope_type", "default"))
 
 
 def architecture(model_type: str, per_layer: bool, all_heads: bool) -> gguf.MODEL_ARCH:
@@ -97,6 +139,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
     neurons = [layer.mlp.down_proj.in_features for layer in layers]
     per_layer = any(len(set(widths)) > 1 for widths in (heads, kv_heads, neurons))
     arch = architecture(config.model_type, per_layer, heads[0] * head_dim == config.hidden_size)
+    check_export(config, tokenizer, per_layer=per_layer, whole_heads=heads[0] == config.num_attention_heads)
     matrices, embeddings, file_type = _TYPES[kind]
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -203,7 +246,7 @@ def _permuted(name: str, tensor: torch.Tensor, model: PreTrainedModel) -> torch.
 def _add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, head_dim: int) -> None:
     """Base and scaling of the rotation; Llama 3's scaling is a tensor of factors, one for each frequency."""
     rope: dict[str, Any] = dict(config.rope_parameters)
-    base, kind = float(rope["rope_theta"]), rope.get("rope_type", "default")
+    base, kind = float(rope["rope_theta"]), _rope_kind(config)
     writer.add_rope_freq_base(base)
     if kind == "default":
         return
@@ -211,8 +254,6 @@ def _add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, head_dim: int) 
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
         return
-    if kind != "llama3":
-        raise KoffError(f"export.formats: gguf with rope scaling {kind!r} is not written; leave gguf out")
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     factor, context = float(rope["factor"]), float(rope["original_max_position_embeddings"])
     factors = []
@@ -237,9 +278,8 @@ def _split(tokenizer: dict[str, Any]) -> str | None:
     return None
 
 
-def _add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> None:
+def _split_of(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str]:
+    """A tokenizer as JSON, and llama.cpp's name for the way it splits text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     data: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
     split = _split(data)
@@ -248,6 +288,13 @@ def _add_tokenizer(
             "export.formats: gguf is written with byte-level BPE tokenizers whose splitting llama.cpp knows"
             " (GPT-2, SmolLM, Llama 3, Qwen); leave gguf out"
         )
+    return data, split
+
+
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> None:
+    data, split = _split_of(tokenizer)
     added = {token["id"]: token for token in data.get("added_tokens", [])}
     words = {number: word for word, number in tokenizer.get_vocab().items()}
     kinds = []
