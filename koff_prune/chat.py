@@ -22,7 +22,7 @@ class Chat(str):
 
 
 def chat_of(messages: Any) -> Chat | None:
-    """A record's messages as a Chat; None where the assistant says nothing.
+    """A record's messages as a Chat; None where the assistant answers nothing.
 
     Raises:
         ValueError: They are no list of {"role": text, "content": text}.
@@ -34,9 +34,11 @@ def chat_of(messages: Any) -> Chat | None:
         raise ValueError('messages must be a list of {"role": "…", "content": "…"}')
     # whole, for templates know more than the two: an assistant that calls a tool says nothing else
     turns = [{k: v for k, v in m.items() if v is not None} | {"content": _content(m)} for m in messages]
-    if not any(turn["role"] == "assistant" for turn in turns):
+    if not any(turn["role"] == "assistant" for turn in turns[1:]):  # a greeting answers nothing
         return None
-    return Chat(json.dumps(turns, ensure_ascii=False, default=str))
+    # halves of characters, which JSON can spell, are no text that a tokenizer takes
+    whole = json.dumps(turns, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    return Chat(whole.decode())
 
 
 def _content(message: dict[str, Any]) -> Any:
@@ -56,9 +58,11 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     messages, done, ids = json.loads(chat), "", []
     spans: list[tuple[int, int]] = []  # of `done`, what the assistant says
     for n, message in enumerate(messages):
-        if message["role"] != "assistant" and n + 1 < len(messages):
+        learned = (
+            message["role"] == "assistant" and n > 0
+        )  # templates take no empty conversation to go on from
+        if not learned and n + 1 < len(messages):
             continue
-        learned = message["role"] == "assistant"
         before = _render(tokenizer, messages[:n], learned) if learned else done
         after = _render(tokenizer, messages[: n + 1], False)
         if not (before.startswith(done) and after.startswith(before)):

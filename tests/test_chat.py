@@ -68,6 +68,17 @@ def test_a_call_of_a_tool_is_what_the_assistant_says() -> None:
         chat_of([{"role": "user", "content": None}, call])
 
 
+def test_a_greeting_is_read_and_half_a_character_a_question_mark() -> None:
+    hello = {"role": "assistant", "content": "Hello!"}
+    assert chat_of([hello]) is None and chat_of([hello, {"role": "user", "content": "Hi"}]) is None
+    talk = chat_of([hello, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a \ud800 b"}])
+    assert talk is not None
+    made = tokenizer()
+    read, labels = tokens_and_labels(torch.tensor(chat_tokens(talk, made)))
+    assert made.decode(read).startswith("<assistant>Hello!</assistant>\n<user>Hi")
+    assert made.decode(labels[labels >= 0]) == "a ? b</assistant>\n"
+
+
 def test_a_reply_is_tokenised_inside_its_conversation() -> None:
     """A tokenizer that begins a text with a space of its own does not begin every turn with one."""
     made = tokenizer()
