@@ -128,8 +128,8 @@ def test_the_cut_on_disk_is_the_cut_in_memory(
     assert all(torch.equal(found, said[0]) for found in said)
 
 
-def test_what_is_not_stored_as_the_model_has_it_goes_through_memory(tmp_path: Path) -> None:
-    """Tied by the config, yet stored twice: equal copies are one tensor, unlike ones stay two."""
+def test_a_tied_head_may_be_stored_twice_and_not_otherwise(tmp_path: Path) -> None:
+    """Equal copies are one tensor; unlike ones are two, of which a cut would lose one."""
     dense = saved(tiny_shape("llama-tied-mha-biases"), tmp_path / "m", shard="1GB")
     file = tmp_path / "m" / "model.safetensors"
     tensors = load_file(file)
@@ -139,7 +139,8 @@ def test_what_is_not_stored_as_the_model_has_it_goes_through_memory(tmp_path: Pa
     assert dense.weights is not None and open_dense(section).weights is not None
     tensors["lm_head.weight"][3] += 1
     save_file(tensors, file, metadata={"format": "pt"})
-    assert open_dense(section).weights is None
+    with pytest.raises(KoffError, match="set tie_word_embeddings to false"):
+        open_dense(section)
 
 
 def hostile(name: Any) -> Callable[[Path], None]:
