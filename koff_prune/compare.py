@@ -8,6 +8,7 @@ from koff_export.files import read_json
 from koff_prune import ranks
 from koff_prune.arms import Arm, main_arm
 from koff_prune.evaluate import perplexities
+from koff_prune.leaks import sentences, shared_text
 from koff_prune.learn import steps_of_both
 from koff_prune.memory import kind_of, load_memory
 from koff_prune.report import render_table, write_report
@@ -158,7 +159,8 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
         log += read_json(path) if path.exists() else []
     begun, now = read_json(run.folder / "run.json")["versions"], versions()
     changed = [f"{name} {begun.get(name)} to {v}" for name, v in now.items() if begun.get(name) != v]
-    notes = [f"Rows were made under different versions: {', '.join(changed)}."] if changed else []
+    notes = sentences(shared_text(run.domains))
+    notes += [f"Rows were made under different versions: {', '.join(changed)}."] if changed else []
     write_report(
         run.folder,
         model=run.model_identity,

@@ -257,8 +257,9 @@ class Run:
 
     def _read_domains(self) -> dict[str, DomainBlocks]:
         from koff_prune.domains import load_blocks, load_domain, save_blocks
+        from koff_prune.leaks import sentences, shared_text
 
-        result = {}
+        result, fresh = {}, False
         folder = self.folder / "domains"
         for name, domain in self.recipe.domains.items():
             path = folder / f"{name}.safetensors"
@@ -275,12 +276,16 @@ class Run:
                     )
                 folder.mkdir(exist_ok=True)
                 save_blocks(blocks, folder)
+                fresh = True
             result[name] = load_blocks(path)
         for name, blocks in result.items():
             lines = folder / f"{name}.heldout.jsonl"
             if not lines.exists():  # the very windows of the report, for `koff-run --score`
                 text = "".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist())
                 write_text(lines, text)
+        if fresh:
+            for sentence in sentences(shared_text(result)):
+                say(sentence)
         return result
 
     @property
