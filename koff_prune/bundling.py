@@ -40,9 +40,11 @@ if TYPE_CHECKING:
 GRAPHS = 3  # what an export of ONNX graphs makes; it rises with that, and older bundles are then made anew
 # What a bundle remembers of the recipe's `learn`, so that a memory added later is trained as its first ones.
 MEMORY_LEARN = ("window", "batch", "loss", "rates", "warmup", "gradient_checkpointing")
-# Of generation_config.json, what torch's `generate` alone reads; None and these values ask for nothing.
-_NOT_CARRIED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": [],
-                "bad_words_ids": []}  # fmt: skip
+# Of generation_config.json, what torch's `generate` reads and these do not.
+_PASSES_OVER = {
+    "koff-run": ("no_repeat_ngram_size", "bad_words_ids"),
+    "onnxruntime-genai": ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
+}
 
 
 def write_bundle(run: Run, merge: str | None = None) -> Path:
@@ -121,9 +123,10 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         if (aside / "generation_config.json").exists():  # an answer ends where torch's ends
             generation = read_json(aside / "generation_config.json")
             eos += _ids(generation.get("eos_token_id"))
-            asked = {key: generation.get(key) for key in _NOT_CARRIED}
-            if unread := [key for key, value in asked.items() if value not in (None, _NOT_CARRIED[key])]:
-                say(f"generation_config.json: koff-run and onnxruntime-genai pass over {', '.join(unread)}")
+            for who, keys in _PASSES_OVER.items():
+                asked = {key: generation.get(key) for key in keys}
+                if unread := [key for key, value in asked.items() if value not in (None, 0, [])]:
+                    say(f"generation_config.json: {who} passes over {', '.join(unread)}")
         manifest: dict[str, Any] = {
             "koff_prune": koff_prune.__version__,
             "model": run.model_identity,

@@ -33,6 +33,8 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             "onnx": {"profiles": list(dict.fromkeys(["portable", request.param]))},
         },
     )
+    asked = folder / "model" / "generation_config.json"
+    asked.write_text(json.dumps({**json.loads(asked.read_text()), "repetition_penalty": 1.3}))
     package.export(recipe, folder / "run")
     return folder
 
@@ -49,6 +51,7 @@ def test_genai_leaves_the_memory_its_positions(place: Path) -> None:
     longest = max(domain.kv_tokens for domain in manifest.domains.values())
     assert longest > 0 and manifest.context is not None
     assert told["search"]["max_length"] == told["model"]["context_length"] == manifest.context - longest
+    assert told["search"]["repetition_penalty"] == 1.3
 
 
 @pytest.mark.parametrize("memory", ["none", "law", "code"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from koff_export.cached import CHUNK, Cache
 from koff_export.errors import KoffError
-from koff_export.sampling import check_sampling, pick
+from koff_export.sampling import How, Picker, check_length
 from koff_export.text import stream_text, until_stop
 
 if TYPE_CHECKING:
@@ -65,12 +65,9 @@ def generate_batch(
     memories: Sequence[str | None],
     max_new_tokens: int = 128,
     *,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
     stop: Sequence[str] = (),
     rows: int = 8,
+    **how: Unpack[How],
 ) -> list[str]:
     """The answers to many prompts, each with a memory of its own.
 
@@ -79,17 +76,15 @@ def generate_batch(
         prompts: Texts.
         memories: Of every prompt; None for the bare backbone.
         max_new_tokens: Upper bound of every answer.
-        temperature: As `Runtime.generate`, and so the next three.
-        top_k: Draw among this many likeliest.
-        top_p: Draw among the likeliest up to this probability.
-        seed: Makes draws repeatable; every prompt draws for itself.
         stop: An answer ends before the first of these.
         rows: Prompts in one call of the graph. More are faster and take more memory.
+        how: See `koff_export.sampling.How`; every prompt draws for itself.
 
     Raises:
         KoffError: as `Runtime.generate`, or the lists differ in length.
     """
-    check_sampling(temperature, top_k, top_p, max_new_tokens, seed)
+    check_length(max_new_tokens)
+    sampling = runtime.sampling(how)
     if len(prompts) != len(memories) or rows < 1:
         raise KoffError("a batch needs one memory (or None) for every prompt, and rows of at least 1")
     ids = [runtime.encode(prompt) for prompt in prompts]
@@ -101,9 +96,8 @@ def generate_batch(
         mine = sorted((i for i, m in enumerate(memories) if m == memory), key=lambda i: len(ids[i]))
         for some in (mine[at : at + rows] for at in range(0, len(mine), rows)):
             limits = [runtime.room(ids[i], memory, max_new_tokens) for i in some]
-            randoms = [np.random.default_rng(None if seed is None else [seed, i]) for i in some]
-            texts = [ids[i] for i in some]
-            found = _generate_rows(runtime, texts, memory, limits, temperature, top_k, top_p, randoms)
+            pickers = [sampling.picker(ids[i], runtime.vocab_size, i) for i in some]
+            found = _generate_rows(runtime, [ids[i] for i in some], memory, limits, pickers)
             for i, tokens in zip(some, found, strict=True):
                 pieces = stream_text(runtime.tokenizer, ids[i], iter(tokens))
                 answers[i] = "".join(until_stop(pieces, stop))
@@ -115,10 +109,7 @@ def _generate_rows(
     prompts: Sequence[Sequence[int]],
     memory: str | None,
     max_new_tokens: Sequence[int],
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    randoms: Sequence[np.random.Generator],
+    pickers: Sequence[Picker],
 ) -> list[list[int]]:
     """New tokens after each of `prompts` under one memory, to the manifest's `eos` (left out)."""
     answers: list[list[int]] = [[] for _ in prompts]
@@ -129,7 +120,7 @@ def _generate_rows(
         for i, answer in enumerate(answers):
             if not going[i]:
                 continue
-            tokens[i] = pick(logits[i], temperature, top_k, top_p, randoms[i])
+            tokens[i] = pickers[i].pick(logits[i])
             if tokens[i] in runtime.manifest.eos:
                 going[i] = False
             else:

@@ -15,6 +15,7 @@ from koff_export.router import AUTO, BARE, route
 if TYPE_CHECKING:
     from koff_export.cached import CachedText
     from koff_export.runtime import Runtime
+    from koff_export.sampling import How
     from koff_export.text import ChatTemplate
 
 
@@ -46,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest up to P (default 1)"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="makes draws repeatable")
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="R",
+        help="make tokens that the text has already less likely; 1: do not (default: what the bundle's"
+        " generation_config.json asks for)",
+    )  # fmt: skip
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
@@ -168,12 +174,19 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
         rows.append({**row, "memory": None if memory == BARE else memory})
     answers = runtime.generate_batch(
         [row["prompt"] for row in rows], [row["memory"] for row in rows], args.max_new_tokens,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop,
+        stop=args.stop, **_how(args),
     )  # fmt: skip
     for row, answer in zip(rows, answers, strict=True):
         text = json.dumps({**row, "answer": answer}, ensure_ascii=False)
         # for a program to read: escaped where the output cannot hold it, never replaced
         print(text if _holds(sys.stdout, text) else json.dumps({**row, "answer": answer}))
+
+
+def _how(args: argparse.Namespace) -> How:
+    return {
+        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
+        "repetition_penalty": args.repetition_penalty,
+    }  # fmt: skip
 
 
 def _holds(stream: Any, text: str) -> bool:
@@ -243,12 +256,9 @@ class _Session:
                 prompt,
                 memory,
                 args.max_new_tokens,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                seed=args.seed,
                 stop=args.stop,
                 text=self.text,
+                **_how(args),
             )
             for piece in pieces:
                 print(piece, end="", flush=True)

@@ -32,6 +32,8 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
     eos = manifest["eos"] or [0]
     pad = config.get("pad_token_id")
     front = max((domain["kv_tokens"] for domain in manifest["domains"].values()), default=0)
+    generation = folder / "generation_config.json"
+    asked = read_json(generation) if generation.exists() else {}
     context = manifest["context"] - front  # a learned KV takes positions too, of which genai knows nothing
     told = {
         "model": {
@@ -65,8 +67,8 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
         },
         "search": {
             "do_sample": False, "max_length": context, "min_length": 0, "num_beams": 1,
-            "num_return_sequences": 1, "past_present_share_buffer": False, "repetition_penalty": 1.0,
-            "temperature": 1.0, "top_k": 1, "top_p": 1.0,
+            "num_return_sequences": 1, "past_present_share_buffer": False, "temperature": 1.0,
+            "repetition_penalty": asked.get("repetition_penalty") or 1.0, "top_k": 1, "top_p": 1.0,
         },
     }  # fmt: skip
     write_json(folder / CONFIG, told)

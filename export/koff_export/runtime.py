@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import onnxruntime as ort
@@ -15,10 +15,10 @@ from koff_export.adapter import Adapter, Options, open_adapter
 from koff_export.bundle import MERGED_KV, Manifest, check_file, open_manifest
 from koff_export.cached import CHUNK, Cache, CachedText, CacheInPlace, CacheOfGraph
 from koff_export.errors import KoffError
-from koff_export.files import safe_join
+from koff_export.files import read_json, safe_join
 from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
-from koff_export.sampling import check_sampling, pick
+from koff_export.sampling import How, Sampling, asked_of, check_length
 from koff_export.session import check_session, open_session, run_errors
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Runtime:
         self._kv_tokens: dict[str, int] = {"": within.kv_tokens if within else 0}
         self.vocab_size = manifest.graph.vocab_size if manifest.graph else 0  # width of the logits
         self._tokenizer: Any = None
+        self._asked: dict[str, Any] | None = None  # of the bundle's generation_config.json
         self._outputs = [output.name for output in session.get_outputs()]
         self.empty_cache, self._slots, self._kv_slots = check_session(session, manifest, profile)
 
@@ -187,11 +188,8 @@ class Runtime:
 
     def cache(self, memory: str | None, rows: int = 1) -> Cache:
         """An empty cache for texts read with `memory`."""
-        return (
-            CacheInPlace(self, memory, rows)
-            if self.profile == "in_place"
-            else CacheOfGraph(self, memory, rows)
-        )
+        kind = CacheInPlace if self.profile == "in_place" else CacheOfGraph
+        return kind(self, memory, rows)
 
     def run(self, feeds: dict[str, ort.OrtValue], options: ort.RunOptions) -> list[ort.OrtValue]:
         """One call of the graph. Outputs: logits, then present.{i}.key and .value of every layer."""
@@ -267,17 +265,26 @@ class Runtime:
             wanted = f"{len(tokens)} tokens of text" + (f" and a memory of {kv}" if kv else "")
             raise KoffError(f"{wanted} do not fit into the model's {context} positions: shorten the text")
 
+    def sampling(self, how: How) -> Sampling:
+        """`how`, checked, with what the bundle's generation_config.json asks of every answer.
+
+        Raises:
+            KoffError: settings that mean nothing.
+        """
+        if self._asked is None:
+            path = self._file("generation_config.json")
+            self._asked = asked_of(read_json(path) if path else {}, self.vocab_size)
+        given = {key: value for key, value in how.items() if value is not None}
+        return Sampling(**{**self._asked, **given})
+
     def generate_tokens(
         self,
         ids: Sequence[int],
         memory: str | None = None,
         max_new_tokens: int = 128,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
         text: CachedText | None = None,
+        **how: Unpack[How],
     ) -> Iterator[int]:
         """Yields new tokens after `ids`, until one of the manifest's `eos` (not yielded).
 
@@ -287,29 +294,27 @@ class Runtime:
             ids: The prompt's tokens, `bos` included if the model wants it.
             memory: A memory's name, or None for the bare backbone.
             max_new_tokens: Upper bound of the answer.
-            temperature: 0 takes the likeliest token; above, tokens are drawn.
-            top_k: Draw among this many likeliest; 0 for all.
-            top_p: Draw among the likeliest that together reach this probability.
-            seed: Makes draws repeatable.
             text: Read before with the same memory, such as a conversation so far: what it has in common with
                 `ids` is not read again, and it goes on with them and the answer.
+            how: temperature, top_k, top_p, seed, repetition_penalty: see `koff_export.sampling.How`.
 
         Raises:
             KoffError: an unknown memory, no tokens, or tokens that do not fit.
         """
-        check_sampling(temperature, top_k, top_p, max_new_tokens, seed)
+        check_length(max_new_tokens)
+        sampling = self.sampling(how)
         self.check_tokens(ids, memory)
         cached = text or CachedText(self, memory)
         if cached.runtime is not self or cached.memory != memory:
             raise KoffError(f"text: was read with {cached.memory or 'no memory'}; give one that memory read")
-        room, random = self.room(ids, memory, max_new_tokens), np.random.default_rng(seed)
+        room, picker = self.room(ids, memory, max_new_tokens), sampling.picker(ids, self.vocab_size)
 
         def answer() -> Iterator[int]:
             pending = cached.turn_to(ids)
             for _ in range(room):
                 for at in range(0, len(pending), CHUNK):
                     logits = cached.read(pending[at : at + CHUNK])
-                token = pick(logits[-1], temperature, top_k, top_p, random)
+                token = picker.pick(logits[-1])
                 if token in self.manifest.eos:
                     return
                 yield token
@@ -344,12 +349,10 @@ class Runtime:
         prompt: str,
         memory: str | None = None,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
+        *,
         stop: Sequence[str] = (),
         text: CachedText | None = None,
+        **how: Unpack[How],
     ) -> Iterator[str]:
         """Yields the answer to `prompt` as text, piece by piece, whole characters only.
 
@@ -361,8 +364,7 @@ class Runtime:
         from koff_export.text import stream_text, until_stop
 
         ids = self.encode(prompt)
-        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        tokens = self.generate_tokens(ids, memory, max_new_tokens, **how, text=text)
+        tokens = self.generate_tokens(ids, memory, max_new_tokens, text=text, **how)
         return until_stop(stream_text(self.tokenizer, ids, tokens), stop)
 
     # Scores

@@ -14,7 +14,9 @@ from koff_export.files import staged_dir
 from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
 
-_TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
+_TEXT = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "README.md",
+)  # fmt: skip
 
 
 def ship(

@@ -12,11 +12,17 @@ import onnxruntime as ort
 import pytest
 import torch
 from export_helpers import BOS, WINDOW, Exported, torch_logits
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 from koff_export.bundle import write_manifest
 from koff_export.errors import KoffError
 from koff_export.runtime import Runtime
-from koff_export.sampling import pick
+from koff_export.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +91,56 @@ def test_a_batch_answers_as_one_by_one(runtime: Runtime) -> None:
         runtime.generate_batch(["a"], ["art"])
 
 
-def test_a_nonsense_graph_is_told_when_drawing(runtime: Runtime) -> None:
+def test_a_nonsense_graph_is_told_when_drawing() -> None:
     with pytest.raises(KoffError, match="not finite"):
-        pick(np.array([0.0, np.nan]), 1.0, 0, 1.0, np.random.default_rng(0))
+        Sampling(temperature=1.0).picker([0], 2).pick(np.array([0.0, np.nan]))
+
+
+def ask(bundle: Path, **asked: object) -> Runtime:
+    """The bundle with a generation_config.json that asks for this."""
+    (bundle / "generation_config.json").write_text(json.dumps(asked))
+    told = json.loads((bundle / "koff.json").read_text())
+    write_manifest(bundle, {key: value for key, value in told.items() if key != "files"})
+    return Runtime.open(bundle, threads=1)
+
+
+def test_penalties_of_the_bundle_are_those_of_transformers(copy: Path, exported: Exported) -> None:
+    prompt, lora = [BOS, *ids_of(5).tolist()], exported.memories["law"]
+    plain = list(Runtime.open(copy, threads=1).generate_tokens(prompt, "law", 12))
+    suppressed = plain[:1]
+    runtime = ask(copy, repetition_penalty=1.3, suppress_tokens=suppressed)
+
+    def by_torch(*processors: LogitsProcessor) -> list[int]:
+        want = list(prompt)
+        for _ in range(12):
+            scores = torch_logits(exported.model, torch.tensor([want]), *lora)[:, -1]
+            want.append(int(LogitsProcessorList(processors)(torch.tensor([want]), scores)[0].argmax()))
+        return want[len(prompt) :]
+
+    without = SuppressTokensLogitsProcessor(suppressed)
+    both = by_torch(RepetitionPenaltyLogitsProcessor(1.3), without)
+    assert list(runtime.generate_tokens(prompt, "law", 12)) == both != plain
+    one = by_torch(without)
+    assert list(runtime.generate_tokens(prompt, "law", 12, repetition_penalty=1.0)) == one != both
+    texts = ["ab", "the law"]
+    alone = ["".join(runtime.generate(text, "law", 12)) for text in texts]
+    assert runtime.generate_batch(texts, ["law", "law"], 12) == alone
+    drawn = list(runtime.generate_tokens(prompt, "law", 12, temperature=9.0, seed=1))
+    assert suppressed[0] not in drawn
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"repetition_penalty": "1.1"}, "repetition_penalty '1.1' is no number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0 is no number above 0"),
+        ({"suppress_tokens": [5, 300]}, "token numbers below 300"),
+        ({"suppress_tokens": {"a": 1}}, "token numbers below 300"),
+    ],
+)
+def test_penalties_that_mean_nothing_are_told(copy: Path, asked: dict[str, object], says: str) -> None:
+    with pytest.raises(KoffError, match=says):
+        ask(copy, **asked).generate_tokens([BOS], None, 2)
 
 
 def test_swapping_keeps_the_session_and_eviction_is_harmless(runtime: Runtime) -> None:
@@ -163,7 +216,12 @@ def test_mistakes_are_told_in_one_sentence(runtime: Runtime, exported: Exported)
         Runtime.open(exported.folder, "int3")
     with pytest.raises(KoffError, match="outside of 0…299"):
         runtime.score([[1, 300]])
-    for options, told in (({"seed": -1}, "seed -1"), ({"temperature": float("nan")}, "temperature nan")):
+    for options, told in (
+        ({"seed": -1}, "seed -1"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0 must be above 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens -1"),
+    ):
         with pytest.raises(KoffError, match=told):
             runtime.generate("x", **options)
     assert runtime.generate("x", temperature=1e-320, seed=0, max_new_tokens=2) is not None

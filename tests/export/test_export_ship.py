@@ -37,6 +37,7 @@ def whole(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
         graph[key] = {"fp32": f"onnx/{stem}.onnx", "int8": path, "int8_dynamic": path}
     manifest = json.loads((folder / "koff.json").read_text())
     del manifest["files"], manifest["format"]
+    (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": list(range(9, 300))}))
     write_manifest(folder, {**manifest, "graph": graph})
     return folder
 
@@ -55,6 +56,8 @@ def test_it_answers_as_the_whole_bundle(
     assert set(ours.memories) == {"law", "math"}
     for memory in (None, "law", "math"):
         assert ours.logits(PROMPT, memory).tobytes() == theirs.logits(PROMPT, memory).tobytes()
+    answers = [list(r.generate_tokens(PROMPT, "law", 8)) for r in (ours, theirs)]
+    assert answers[0] == answers[1] and max(answers[0]) < 9, "what generation_config.json asks for"
     assert koff_run([str(part), "--prompt", "the law", "--max-new-tokens", "3", "--threads", "1"]) == 0
     assert capsys.readouterr().out
     graphs = {path.name for path in (part / "onnx").glob("*.onnx")}
