@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from koff_prune.pages import infinite
 from koff_prune.sweep_report import markdown
 from koff_prune.verdict import row_labels
 
@@ -45,6 +47,14 @@ def page(report: dict[str, Any], command: str) -> str:
     return "\n".join(lines)
 
 
+def _read(told: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which the losses that a run wrote as null are infinite."""
+    report = deepcopy(told)
+    for row in [*report.get("rows", []), *(r for p in report.get("points", []) for r in p["rows"])]:
+        row.update({key: infinite(row[key]) for key in ("perplexity", "beside_dense") if key in row})
+    return report
+
+
 def main() -> None:
     """Reads RUN/sweep.json or RUN/report.json, writes NAME.json and NAME.md."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -55,10 +65,10 @@ def main() -> None:
     run, target, command = asked.run, asked.target, asked.command
     if (run / "sweep.json").exists():
         report = json.loads((run / "sweep.json").read_text(encoding="utf-8"))
-        text = f"# Sweep\n\n`{command}`. Generated from the JSON beside it.\n\n" + markdown(report)
+        text = f"# Sweep\n\n`{command}`. Generated from the JSON beside it.\n\n" + markdown(_read(report))
     else:
         report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-        text = page(report, command)
+        text = page(_read(report), command)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     target.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -6,7 +6,6 @@ analysis.html beside the report.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from koff_export.files import write_json, write_text
 from koff_prune import chat
 from koff_prune.arms import main_arm
 from koff_prune.device import on_device
-from koff_prune.evaluate import mean_nats, window_losses
+from koff_prune.evaluate import mean_nats, perplexity, window_losses
 from koff_prune.figures import shares_by_layer
 from koff_prune.pages import finite, render
 from koff_prune.plan import Kept, make_plan
@@ -168,7 +167,19 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             )
     koff = part["odds"]["koff"]
     if koff["low"] is None or koff["low"] <= 1:
-        said.append("That domain-specific neurons are what koff removes is not shown.")
+        less = koff["high"] is not None and koff["high"] < 1
+        said.append(
+            "koff removes fewer of the domain-specific neurons than of the general ones."
+            if less
+            else "That domain-specific neurons are what koff removes is not shown."
+        )
+    useless = [
+        f"{text} ({row[OFF]['value']:+.3f} nats)"
+        for text, row in swaps["wrong_minus_right"].items()
+        if row[OFF]["low"] is None or row[OFF]["low"] <= 0
+    ]
+    if useless:
+        said.append(f"Not shown to be better with its own memory than without any: {', '.join(useless)}.")
     harmless = [
         f"{name} on {text} text ({d['value']:+.3f} nats)"
         for text, row in swaps["wrong_minus_right"].items()
@@ -207,7 +218,7 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
                      *("–" if e is None else f"{e:.1%}" for e in each)])  # fmt: skip
     counts = [[d, f"{n:,}"] for d, n in part["specific"].items()]
     names = [OFF, *domains]
-    matrix = [[t, *(f"{math.exp(row[n]):.2f}" for n in names)] for t, row in swaps["nats"].items()]
+    matrix = [[t, *(f"{perplexity(row[n]):.2f}" for n in names)] for t, row in swaps["nats"].items()]
     cost = [
         [t, *("–" if n == t else _told(row[n]) for n in names)]
         for t, row in swaps["wrong_minus_right"].items()

@@ -55,7 +55,8 @@ class DomainBlocks:
         train: [n, learn.window]; enough for the token budget where the text suffices, to be cycled where not.
         scoring: [k, scoring.window], the start of the training text, k * window <= scoring.tokens.
         heldout: [m, evaluate.window], m * window <= evaluate.tokens.
-        heldout_documents: Of each held-out window, the index of the document that its first token is from.
+        heldout_documents: Of each held-out window, the document that its first token is from: its place among
+            the domain's held-out documents in the order of their digests, which no seed changes.
         prefill: [memory.kv.tokens], the start of the training text; empty without a learned cache.
         digest: sha256 over every document's key, text and side, whether it was tokenised or not.
         documents: How many were read, were duplicates, leaked (their key is held out elsewhere in the domain,
@@ -74,7 +75,12 @@ class DomainBlocks:
     @property
     def heldout_counts(self) -> list[int]:
         """Of each held-out window, how many tokens are predicted."""
-        return (self.heldout[:, 1:] >= 0).sum(1).tolist()
+        return learned_tokens(self.heldout)
+
+
+def learned_tokens(windows: torch.Tensor) -> list[int]:
+    """Of each window [n, window], how many tokens are predicted; in a chat, the assistant's alone."""
+    return (windows[:, 1:] >= 0).sum(1).tolist()
 
 
 @dataclass
@@ -151,7 +157,9 @@ def load_domain(
     used = {"train_used": len(sources.unique()), "heldout_used": len(owners.unique())}
     start = train if bos is None else torch.cat([torch.tensor([bos]), train])
     held = _windows(heldout, evaluate.window, heldout_windows, bos)
-    first = _windows(owners, evaluate.window - lead, heldout_windows, None)[:, 0]
+    digests = [hashlib.sha256(text.encode()).hexdigest() for text in sides.heldout]
+    place = torch.tensor(sorted(range(len(digests)), key=digests.__getitem__)).argsort()
+    first = place[_windows(owners, evaluate.window - lead, heldout_windows, None)[:, 0]]
     return DomainBlocks(
         name=name,
         train=_learnable(name, _windows(train, learn.window, train_windows, bos)),

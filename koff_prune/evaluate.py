@@ -50,6 +50,11 @@ def mean_nats(values: Sequence[float], counts: Sequence[int]) -> float:
     return sum(value * n for value, n in zip(values, counts, strict=True)) / sum(counts)
 
 
+def perplexity(nats: float) -> float:
+    """exp(nats), or infinity for no number and for what no float holds."""
+    return math.exp(nats) if nats < _MOST else math.inf
+
+
 def perplexities(losses: Mapping[str, list[float]], counts: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """Per domain exp(mean nats per token), or infinity for no number; their geometric mean as `gmean`.
 
@@ -59,5 +64,4 @@ def perplexities(losses: Mapping[str, list[float]], counts: Mapping[str, Sequenc
     """
     means = {name: mean_nats(values, counts[name]) for name, values in losses.items()}
     means["gmean"] = sum(means.values()) / len(means)
-    # beyond what a float holds, and where a model gave no number at all
-    return {name: math.exp(value) if value < _MOST else math.inf for name, value in means.items()}
+    return {name: perplexity(value) for name, value in means.items()}

@@ -132,8 +132,12 @@ def learning_curve(log: Sequence[Mapping[str, Any]]) -> str | None:
             2 if gated else 1, 1, squeeze=False, sharex=True, height_ratios=[2, 1][: 1 + bool(gated)]
         )
         loss_axes: Axes = grid[0, 0]
+        before = 0  # one phase follows the other, and each counts its own steps
+        gated_steps: list[int] = []
         for place, (name, entries) in enumerate(phases.items()):
-            steps = [e["step"] for e in entries]
+            steps = [before + e["step"] for e in entries]
+            gated_steps += [before + e["step"] for e in entries if e.get("sparsity") is not None]
+            before = steps[-1]
             losses = [e["loss"] for e in entries]
             colour = _CYCLE[place % len(_CYCLE)]
             # Single steps are noisy: they stay visible behind their running median.
@@ -144,9 +148,7 @@ def learning_curve(log: Sequence[Mapping[str, Any]]) -> str | None:
         if len(phases) > 1:
             loss_axes.legend(loc="upper right", ncols=len(phases))
         if gated:
-            grid[1, 0].plot(
-                [e["step"] for e in gated], [e["sparsity"] for e in gated], color=INK, linewidth=1.5
-            )
+            grid[1, 0].plot(gated_steps, [e["sparsity"] for e in gated], color=INK, linewidth=1.5)
             grid[1, 0].set_ylabel("sparsity")
             grid[1, 0].set_ylim(bottom=0)
             grid[1, 0].grid(axis="y")
@@ -163,17 +165,22 @@ def frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
 
     Args:
         curves: Per row label, (parameters, removed share, perplexity / dense) by ascending parameters. Rows
-            of koff stand out; what is beyond `_WIDEST` times the dense model is left out.
+            of koff stand out; what is beyond `_WIDEST` times the dense model stands at the upper edge, as a
+            triangle, or where koff is not, is named and left out.
     """
     with _style("frontier"):
         figure = _figure(9, 5.2)
         size, share = figure.subplots(1, 2, sharey=True)
         colours = iter(_CYCLE[1:] * (len(curves) + 1))
+        off: list[str] = []
         for label, places in curves.items():
-            shown = [p for p in places if p[2] <= _WIDEST]
-            if not shown:
-                continue
             ours = label == "koff"
+            beyond = [p for p in places if p[2] > _WIDEST]
+            shown = [p for p in places if p[2] <= _WIDEST]
+            if beyond and not ours:
+                off.append(label)
+            if not shown and not ours:
+                continue
             style: dict[str, Any] = {
                 "color": BLUE if ours else INK if label.startswith("dense") else next(colours),
                 "linewidth": 2.6 if ours else 1.2,
@@ -183,6 +190,13 @@ def frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
             }
             size.plot([p[0] / 1e6 for p in shown], [p[2] for p in shown], label=label, **style)
             share.plot([100 * p[1] for p in shown], [p[2] for p in shown], **style)
+            if ours and beyond:
+                for axes, values in (
+                    (size, [p[0] / 1e6 for p in beyond]), (share, [100 * p[1] for p in beyond]),
+                ):  # fmt: skip
+                    axes.plot(
+                        values, [_WIDEST] * len(values), color=BLUE, marker="^", markersize=9, linestyle=""
+                    )
         for axes in (size, share):
             axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
             axes.grid(axis="y")
@@ -190,6 +204,9 @@ def frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
         share.set_xlabel("removed, % of parameters")
         size.set_ylabel("perplexity / dense")
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        if off:
+            said = f"beyond {_WIDEST:g} x dense, in part or all: {', '.join(off)}"
+            figure.suptitle(fill(said, 100), fontsize=9, color=GREY)
         return _svg(figure, "Quality against size and sparsity")
 
 

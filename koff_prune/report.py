@@ -69,6 +69,7 @@ def write_report(
         "offloaded": verdict.offloaded,
         "overlap": None if overlap is None else dict(overlap),
         "notes": [verdict.headline, *sentences],
+        "warnings": [*_sizes(rows), *notes],
     }
     write_json(folder / "report.json", finite(report))
 
@@ -120,7 +121,7 @@ def _page(
         headline=verdict.headline,
         sentences=sentences,
         figures=_figures(rows, plans, log),
-        count=_count,
+        count=count_of,
     )
 
 
@@ -169,7 +170,7 @@ def _cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "change": "–" if dense is None or plain else _change(gmean / dense),
                 "domains": [number(row["perplexity"].get(name)) for name in names],
                 "removed": f"{realised:.2%}" if realised else "–",
-                "size": _count(row["parameters"]["backbone"] + memory),
+                "size": count_of(row["parameters"]["backbone"] + memory),
                 "compensated": "yes" if row["compensate"] == "least_squares" else "–",
                 "row": row,
             }
@@ -189,13 +190,14 @@ def _domains(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row["perplexity"] if name != "gmean"))
 
 
-def _count(parameters: float | None) -> str:
+def count_of(parameters: float | None) -> str:
     """Parameters for people: 118.4 M."""
     if parameters is None:
         return "–"
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if parameters >= size:
-            return f"{parameters / size:,.1f} {unit}"
+            value = parameters / size
+            return f"{value:,.{1 if value >= 10 else 2}f} {unit}"
     return f"{parameters:,.0f}"
 
 
@@ -232,10 +234,10 @@ def _sizes(rows: Sequence[Row]) -> list[str]:
     if backbone + memories * memory < dense or memories == 0:
         return []
     whose = "its memory" if memories == 1 else f"all {memories} memories"
-    total = _count(backbone + memories * memory)
+    total = count_of(backbone + memories * memory)
     return [
         f"Nothing is saved in size: the backbone with {whose} has {total} parameters, "
-        f"the dense model {_count(dense)}."
+        f"the dense model {count_of(dense)}."
     ]
 
 

@@ -20,7 +20,8 @@ from koff_prune.chat import tokens
 from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, cut_on_disk, load_backbone, save_backbone, slice_memory
 from koff_prune.device import on_device
-from koff_prune.evaluate import window_losses
+from koff_prune.domains import learned_tokens
+from koff_prune.evaluate import mean_nats, window_losses
 from koff_prune.gates import RE_ESTIMATED, Gates
 from koff_prune.learn import Phase, spends, steps_of, steps_of_both, train, whole_checkpoints
 from koff_prune.memory import Memories, load_memory, save_memory
@@ -86,7 +87,8 @@ def better_ranking(run: Run, method: str, compensate: str) -> str:
                     model = _cut_model(run, arm, plan_arm(run, arm, run.folder / "rows" / arm.slug))
                     bare = Memories(on_device(model), Memory(lora=None, kv=None), {}, 0)
                     losses[ranking] = sum(
-                        sum(window_losses(bare, b.scoring, None, progress)) for b in run.domains.values()
+                        mean_nats(window_losses(bare, b.scoring, None, progress), learned_tokens(b.scoring))
+                        for b in run.domains.values()
                     )
             write_json(path, finite(losses))
         found: dict[str, float] = infinite(read_json(path))

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from koff_export.errors import KoffError
 from koff_export.files import read_json, recover, staged_dir, write_json
@@ -23,6 +23,9 @@ from koff_prune.places import is_moved, local_paths
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, Recipe
 from koff_prune.verdict import Row
+
+if TYPE_CHECKING:
+    from koff_prune.run import Run
 
 ROWS = "rows.json"  # of a finished sub-run: its rows, with the losses of every window
 # scoring text is where the training text begins, whatever the budget
@@ -139,8 +142,8 @@ def sweep(
         for n, point in enumerate(asked, 1):
             say(f"sweep {n} of {len(asked)}: seed {point.seed}, sparsity {point.sparsity:g}"
                 + ("" if point.tokens is None else f", {point.tokens:,} tokens"))  # fmt: skip
-            found.append((point, _compare_at(recipe, point, out, asked[: n - 1])))
-        summary = summarise(found)
+            found.append((point, *_compare_at(recipe, point, out, asked[: n - 1])))
+        summary = summarise([(point, rows) for point, rows, _ in found], [w for *_, ws in found for w in ws])
         with ranks.turn():
             if not ranks.rank():
                 write_sweep(out, summary)
@@ -177,37 +180,65 @@ def _check_targets(recipe: Recipe, out: Path, asked: Sequence[Point]) -> None:
             even_plan(run.units, Point(first.seed, sparsity, None).recipe(recipe).structure)
 
 
-def _compare_at(recipe: Recipe, point: Point, out: Path, before: Sequence[Point]) -> list[Row]:
+def _compare_at(
+    recipe: Recipe, point: Point, out: Path, before: Sequence[Point]
+) -> tuple[list[Row], list[str]]:
+    """The rows of one sub-run, and what its report warns of."""
     folder = out / point.folder
     finished = folder / ROWS
     asked = [row.model_dump(mode="json", exclude_none=True) for row in recipe.compare]
 
-    def there() -> list[Row] | None:
+    def there() -> tuple[list[Row], list[str]] | None:
         """The rows, if they are those that the recipe asks for by now."""
         found = read_json(finished) if finished.exists() else None
         if not isinstance(found, dict) or found.get("compare") != asked:
             return None
         for row in found["rows"]:
             row.update({key: infinite(row[key]) for key in ("perplexity", "nll")})
-        rows: list[Row] = found["rows"]
-        return rows
+        return found["rows"], found.get("warnings", [])
 
     if not ranks.agree(there() is not None):
         from koff_prune.api import compare
         from koff_prune.run import Run
 
         mine = point.recipe(recipe)
-        with ranks.turn(), Run(mine, folder, resume=True):
+        with ranks.turn(), Run(mine, folder, resume=True) as run:
             for other in before:
-                if other.seed == point.seed:
+                if other.seed == point.seed and _is_of(run, out, other, point):
                     share(out / other.folder, folder, same_budget=other.tokens == point.tokens)
         rows = compare(mine, folder, resume=True)
         with ranks.turn():
             if there() is None:
-                write_json(finished, finite({"compare": asked, "rows": rows}))
+                warnings = read_json(folder / "report.json")["warnings"]
+                write_json(finished, finite({"compare": asked, "rows": rows, "warnings": warnings}))
     found = there()
     assert found is not None
     return found
+
+
+def _is_of(run: Run, out: Path, other: Point, point: Point) -> bool:
+    """Whether a sub-run's files hold for `run` too: they are of its weights, its texts, its versions.
+
+    Raises:
+        KoffError: The model or a text has changed since the sub-run began: one sweep is of one.
+    """
+    source = out / other.folder
+    theirs, mine = read_json(source / "run.json"), {"weights": run.dense.fingerprint}
+    changed = ["model.source"] if theirs.get("weights", mine["weights"]) != mine["weights"] else []
+    if other.tokens != point.tokens:  # else the texts, as they were read there, are shared too
+        from koff_prune.domains import load_blocks
+
+        for name, blocks in run.domains.items():
+            path = source / "domains" / f"{name}.safetensors"
+            if path.exists() and load_blocks(path).digest != blocks.digest:
+                changed.append(f"domains.{name}.source")
+    if changed:
+        raise KoffError(
+            f"{out}: what {' and '.join(changed)} names has changed since {other.folder} began; choose"
+            " another --out"
+        )
+    mine = read_json(run.folder / "run.json")
+    return all(theirs.get(key) == mine.get(key) for key in ("dtype", "versions"))
 
 
 def share(source: Path, target: Path, *, same_budget: bool) -> None:

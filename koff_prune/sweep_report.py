@@ -1,15 +1,19 @@
 """What the sub-runs of a sweep say together: means over seeds, the two figures, tests, and the frontier.
 
-Values are nats of mean log-perplexity over domains. Intervals are 95%. Those of `closed` and `offloaded` come
-from a bootstrap of two levels: seeds drawn with replacement, and within each seed held-out documents. koff is
-held against every other row of its budget by a one-sided t-test paired by seed; p-values are corrected by
-Holm's step-down method (Holm 1979) over all rows of all points.
+Values are nats of mean log-perplexity over domains. Intervals are 95%. Those of `closed` and `offloaded` are
+Student's, over seeds: the variance of a mean over seeds is that between the seeds, over their number, and
+what drawing other held-out documents would change in the mean (a bootstrap, of the same documents in every
+seed). A bootstrap of so few seeds would be little more than their range. With one seed they are the
+bootstrap's own, over documents alone. koff is held against every other row of its budget by a one-sided
+t-test paired by seed; p-values are corrected by Holm's step-down method (Holm 1979) over all rows of all
+points.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +23,9 @@ from koff_export.files import write_json, write_text
 from koff_prune.figures import frontier, number
 from koff_prune.pages import finite, render
 from koff_prune.recipe import BASELINES
+from koff_prune.report import count_of
 from koff_prune.verdict import (
-    RESAMPLES,
-    SEED,
+    Estimate,
     Row,
     cast,
     estimate,
@@ -39,11 +43,12 @@ if TYPE_CHECKING:
 SIGNIFICANT = 0.05
 
 
-def summarise(found: Sequence[tuple[Point, list[Row]]]) -> dict[str, Any]:
+def summarise(found: Sequence[tuple[Point, list[Row]]], warnings: Sequence[str] = ()) -> dict[str, Any]:
     """Everything that sweep.json holds.
 
     Args:
         found: The rows of every sub-run, with `nll` and `documents`.
+        warnings: What the reports of the sub-runs warn of.
 
     Returns:
         `points` (one per sparsity and budget: `rows`, `closed`, `offloaded`), `tests`, and `sentences`.
@@ -64,8 +69,8 @@ def summarise(found: Sequence[tuple[Point, list[Row]]]) -> dict[str, Any]:
         })  # fmt: skip
     _holm(tests)
     summary = {"format": 1, "points": result, "tests": tests}
-    rough = {s: None for _, rows in found if (koff := cast(rows).koff) for s in few_documents(koff)}
-    return {**summary, "sentences": [*_sentences(summary), *rough]}
+    rough = [s for _, rows in found if (koff := cast(rows).koff) for s in few_documents(koff)]
+    return {**summary, "sentences": [*_sentences(summary), *dict.fromkeys([*warnings, *rough])]}
 
 
 def write_sweep(folder: Path, summary: dict[str, Any]) -> None:
@@ -107,7 +112,7 @@ def _over_seeds(label: str, tables: Sequence[dict[str, Row]]) -> dict[str, Any]:
     there = [table[label] for table in tables if label in table]
     nats = np.array([mean_nats(row) for row in there])
     beside = np.array([mean_nats(t[label]) - mean_nats(_dense(t)) for t in tables if label in t])
-    spread = float(nats.std(ddof=1)) if len(nats) > 1 else None
+    spread = float(nats.std(ddof=1)) if len(nats) > 1 and np.isfinite(nats).all() else None
     first = there[0]
     memory = first["parameters"]["memory"] if first["memory"] != "none" else 0
     return {
@@ -142,14 +147,32 @@ def _others(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]], *, base
     return result
 
 
-def _pooled(draws: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """Means over seeds of [figures, RESAMPLES] draws, seeds drawn with replacement in every resample."""
-    known = [d for d in draws if d is not None]
-    if len(known) < len(draws):
-        return None
-    stacked = np.stack(known)  # [seeds, figures, resamples]
-    chosen = np.random.default_rng(SEED).integers(len(stacked), size=(len(stacked), RESAMPLES))
-    return np.mean([stacked[c, :, np.arange(RESAMPLES)].T for c in chosen], axis=0)
+def _draws(rows: Sequence[Sequence[Row]]) -> np.ndarray | None:
+    """The same rows of every seed under the same draws of documents, [seeds, rows, RESAMPLES]."""
+    pool: dict[str, set[int]] = {}
+    for name, ids in (item for those in rows for item in those[0].get("documents", {}).items()):
+        pool.setdefault(name, set()).update(ids)
+    found = [resample(those, {name: sorted(ids) for name, ids in pool.items()}) for those in rows]
+    known = [draws for draws in found if draws is not None]
+    return np.stack(known) if len(known) == len(found) else None
+
+
+def _interval(value: float, by_seed: np.ndarray, draws: np.ndarray | None) -> Estimate:
+    """`value` with its interval.
+
+    Args:
+        value: The figure.
+        by_seed: What the seeds say of it, [seeds]; only its spread counts.
+        draws: The figure under every draw of documents, [RESAMPLES]; None where they cannot be drawn: then
+            there is no interval.
+    """
+    if len(by_seed) < 2 or draws is None:
+        return estimate(value, draws)
+    from scipy.stats import t
+
+    variance = by_seed.var(ddof=1) / len(by_seed) + draws.var()
+    half = float(t.ppf(0.975, len(by_seed) - 1) * math.sqrt(variance))
+    return Estimate(value, value - half, value + half)
 
 
 def _closed(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]]) -> dict[str, Any] | None:
@@ -158,17 +181,21 @@ def _closed(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]]) -> dict
     if not labels or any(p.koff is None or p.ceiling is None for p in parts):
         return None
     best = min(labels, key=lambda label: np.mean([mean_nats(table[label]) for table in tables]))
-    three = [[t[best], p.koff, p.ceiling] for t, p in zip(tables, parts, strict=True)]
-    means = np.mean([[mean_nats(row) for row in rows if row] for rows in three], axis=0)
-    draws = _pooled([resample([row for row in rows if row]) for rows in three])
-    gap = means[0] - means[2]
+    three = [[row for row in (t[best], p.koff, p.ceiling) if row]
+             for t, p in zip(tables, parts, strict=True)]  # fmt: skip
+    nats = np.array([[mean_nats(row) for row in rows] for rows in three])
+    gains, gaps = nats[:, 0] - nats[:, 1], nats[:, 0] - nats[:, 2]
+    gain, gap = float(gains.mean()), float(gaps.mean())
     figures = {"value": None, "low": None, "high": None, "rival": best,
-               "rival_minus_koff": means[0] - means[1], "rival_minus_ceiling": gap}  # fmt: skip
+               "rival_minus_koff": gain, "rival_minus_ceiling": gap}  # fmt: skip
+    draws = _draws(three)
+    mean = None if draws is None else draws.mean(0)
     # a share of what may well be nothing is no figure
-    if gap > 0 and (draws is None or (draws[0] > draws[2]).all()):
-        ratio = None if draws is None else (draws[0] - draws[1]) / (draws[0] - draws[2])
-        value = estimate((means[0] - means[1]) / gap, ratio)
-        figures |= {"value": value.value, "low": value.low, "high": value.high}
+    if np.isfinite(nats).all() and (gaps > 0).all() and (mean is None or (mean[0] > mean[2]).all()):
+        ratio = gain / gap
+        ratios = None if mean is None else (mean[0] - mean[1]) / (mean[0] - mean[2])
+        # a ratio of means moves with a seed by this much (the delta method)
+        figures |= asdict(_interval(ratio, (gains - ratio * gaps) / gap, ratios))
     return figures
 
 
@@ -179,12 +206,12 @@ def _offloaded(runs: Sequence[list[Row]]) -> dict[str, Any] | None:
     if any(len(rows) < 4 for rows in there):
         return None
     sign = np.array([1, -1, -1, 1])
-    draws = _pooled([resample(rows) for rows in there])
-    value = estimate(
-        float(np.mean([[mean_nats(r) for r in rows] for rows in there], axis=0) @ sign),
-        None if draws is None else sign @ draws,
-    )
-    return {"value": value.value, "low": value.low, "high": value.high}
+    by_seed = np.array([[mean_nats(r) for r in rows] for rows in there]) @ sign
+    if not np.isfinite(by_seed).all():
+        return None
+    draws = _draws(there)
+    value = _interval(float(by_seed.mean()), by_seed, None if draws is None else sign @ draws.mean(0))
+    return asdict(value)
 
 
 def _tests(
@@ -200,8 +227,10 @@ def _tests(
             for rows, table in zip(runs, tables, strict=True)
             if (koff := cast(rows).koff) is not None
         ]
-        test: dict[str, Any] = {**where, "against": label, "seeds": len(leads), "lead": float(np.mean(leads))}
-        if len(leads) > 1:
+        with np.errstate(invalid="ignore"):  # two that diverged are apart by no number
+            lead = float(np.mean(leads))
+        test: dict[str, Any] = {**where, "against": label, "seeds": len(leads), "lead": lead}
+        if len(leads) > 1 and np.isfinite(leads).all():
             for side, name in (("greater", "p_better"), ("less", "p_worse")):
                 # the same arm by another name leads by nothing in every seed: no test, and no difference
                 test[name] = float(ttest_1samp(leads, 0.0, alternative=side).pvalue) if any(leads) else 1.0
@@ -219,7 +248,7 @@ def _holm(tests: list[dict[str, Any]]) -> None:
             test[f"{name}_holm"] = least
     for test in tests:
         if "p_better" not in test:
-            test["koff_is"] = "not tested"
+            test["koff_is"] = "not tested" if math.isfinite(test["lead"]) else "not to be compared"
         elif test["p_better_holm"] < SIGNIFICANT:
             test["koff_is"] = "better"
         elif test["p_worse_holm"] < SIGNIFICANT:
@@ -259,6 +288,12 @@ def _sentences(summary: dict[str, Any]) -> list[str]:
             if those:
                 end = f" (p < {SIGNIFICANT})" if word == "better" else ""
                 result.append(f"{name}: koff is {word} {link} {', '.join(those)}{end}.")
+        for t in mine:
+            if t["koff_is"] == "not to be compared":
+                result.append(
+                    f"{name}: koff or {t['against']} has no finite loss in one of {t['seeds']} seeds."
+                )
+        mine = [t for t in mine if t["koff_is"] != "not to be compared"]
         if any(t["koff_is"] == "not tested" for t in mine):
             behind = [t["against"] for t in mine if t["lead"] <= 0]
             result.append(f"{name}: one seed, so nothing is tested; koff's loss is lower than that of "
@@ -280,7 +315,7 @@ def _cells(point: dict[str, Any]) -> list[list[str]]:
     return [
         [row["label"], number(row["perplexity"]), f"{row['beside_dense']:.3f}",
          "–" if row["std_nats"] is None else f"{row['std_nats']:.4f}", str(row["seeds"]),
-         f"{row['realised']:.2%}", *(f"{size / 1e6:.1f} M" for size in _sizes(row))]
+         f"{row['realised']:.2%}", *(count_of(size) for size in _sizes(row))]
         for row in point["rows"]
     ]  # fmt: skip
 

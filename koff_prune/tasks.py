@@ -22,9 +22,10 @@ from koff_export.errors import KoffError
 from koff_export.files import write_json, write_text
 from koff_prune.chat import tokens
 from koff_prune.device import on_device
-from koff_prune.evaluate import window_losses
+from koff_prune.evaluate import perplexity, window_losses
 from koff_prune.memory import Memories
 from koff_prune.packages import fetch_files
+from koff_prune.pages import finite
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Memory
 from koff_prune.verdict import RESAMPLES, SEED
@@ -103,7 +104,7 @@ def run_tasks(
         for name, path in items.items():
             right.setdefault(name, {})[arm] = _score(run, model, memory, name, path)
         losses = window_losses(model, general, memory)
-        result["general"]["perplexity"][arm] = math.exp(sum(losses) / len(losses))
+        result["general"]["perplexity"][arm] = perplexity(sum(losses) / len(losses))
     for name, by_arm in right.items():
         told = TASKS[name]
         result["tasks"][name] = {
@@ -111,7 +112,7 @@ def run_tasks(
             "arms": {arm: _accuracy(values, by_arm["dense"]) for arm, values in by_arm.items()},
         }  # fmt: skip
     write_text(run.folder / "tasks.md", markdown(result))
-    write_json(run.folder / "tasks.json", result)
+    write_json(run.folder / "tasks.json", finite(result))
     return result
 
 
@@ -173,9 +174,11 @@ def trained_on(run: Run, texts: Sequence[str]) -> list[bool]:
 def _general_windows(run: Run, limit: int) -> torch.Tensor:
     """Windows of passages of no domain, int64 [windows, evaluate.window]."""
     passages = list(dict.fromkeys(str(r["doc"]["query"]).split("\nQuestion:")[0] for r in _records(GENERAL)))
+    passages = passages[: max(limit, 50)]
+    known = trained_on(run, passages)
     tokenizer, window = run.dense.tokenizer, run.recipe.evaluate.window
     ids: list[int] = []
-    for passage in passages[: max(limit, 50)]:
+    for passage in (text for text, seen in zip(passages, known, strict=True) if not seen):
         ids += [*tokenizer(passage, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     lead = [] if run.dense.bos is None else [run.dense.bos]
     step = window - len(lead)

@@ -73,6 +73,10 @@ def lookup(record: Mapping[str, Any], path: str) -> Any:
         step: Any = name
         if index:
             step = int(index) if re.fullmatch(r"-?\d+", index) else lookup(record, index)
+            if isinstance(step, float) and step.is_integer():
+                step = int(step)  # what a table makes of whole numbers where some are missing
+            if step is None or isinstance(step, Mapping | list | tuple | set):
+                return None
         if isinstance(value, Mapping):
             value = value.get(step if step in value else str(step))
         elif isinstance(value, list | tuple) and re.fullmatch(r"-?\d+", str(step)):

@@ -7,7 +7,7 @@ documents, drawn within each domain: windows of one document are not independent
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -211,6 +211,8 @@ def _closed(parts: Cast, labels: dict[int, str]) -> tuple[dict[str, Any] | None,
     gain = estimate(mean_nats(rival) - mean_nats(koff), gains)
     gap = estimate(mean_nats(rival) - mean_nats(ceiling), gaps)
     name = labels[id(rival)]
+    if not (math.isfinite(gain.value) and math.isfinite(gap.value)):
+        return None, [f"closed is not defined: {name}, koff or the ceiling has no finite loss."]
     if gap.value <= 0:
         why = f"{name} ({_pp(rival)}) is no worse than the ceiling ({_pp(ceiling)})"
         return None, [f"closed is not defined: {why}."]
@@ -233,6 +235,8 @@ def _offloaded(parts: Cast) -> tuple[dict[str, Any] | None, list[str]]:
         ask += [] if ceiling else ["{method: dense, trained_with: same}"]
         return None, [f"offloaded is not measured: add {' and '.join(ask)} to the recipe's compare."]
     four = [off, koff, dense, ceiling]
+    if not all(math.isfinite(mean_nats(row)) for row in four):
+        return None, ["offloaded is not defined: one of its four losses is not finite."]
     draws = resample(four)
     worth_koff = estimate(mean_nats(off) - mean_nats(koff), None if draws is None else draws[0] - draws[1])
     worth_dense = estimate(
@@ -269,8 +273,12 @@ def _against(rows: Sequence[Row], koff: Row, labels: dict[int, str]) -> list[str
         draws = resample([koff, other])
         worse = estimate(mean_nats(koff) - mean_nats(other), None if draws is None else draws[0] - draws[1])
         name = f"{labels[id(other)]} ({_pp(other)})"
-        if worse.value >= 0:
+        if not math.isfinite(mean_nats(koff)):
+            lost.append(f"koff ({_pp(koff)}) does not beat {name}: its loss is not finite.")
+        elif worse.value >= 0:
             lost.append(f"koff ({_pp(koff)}) does not beat {name}: it is {worse} nats worse.")
+        elif worse.high is None and math.isfinite(worse.value):
+            level.append(f"koff's lead over {name} is not tested, {worse} nats: there is no interval.")
         elif worse.high is not None and worse.high >= 0:
             level.append(f"koff's lead over {name} is within noise: {worse} nats.")
     sentences = lost + level
@@ -286,6 +294,8 @@ def _headline(koff: Row, dense: Row | None) -> str:
     if dense is None:
         return text + "."
     ratio = koff["perplexity"]["gmean"] / dense["perplexity"]["gmean"] - 1
+    if not math.isfinite(ratio):
+        return f"{text}, the dense model's {_pp(dense)}."
     return f"{text}, {abs(ratio):.1%} {'above' if ratio >= 0 else 'below'} the dense model's {_pp(dense)}."
 
 
@@ -328,13 +338,18 @@ def estimate(value: float, draws: np.ndarray | None) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def resample(rows: Sequence[Row]) -> np.ndarray | None:
+def resample(rows: Sequence[Row], pool: Mapping[str, Sequence[int]] | None = None) -> np.ndarray | None:
     """Mean log-perplexity of every row in every resample, [rows, RESAMPLES].
 
     Within a domain, as many documents as there are drawn with replacement, the same ones for all rows; a
     domain's loss is the mean over the tokens of what was drawn. None where rows carry no losses per window,
     not of the same documents, or infinite ones, and where a domain has one document alone, which is all that
     could be drawn.
+
+    Args:
+        rows: Of one seed.
+        pool: Per domain, the documents that are drawn from, those of `rows` among them; default: theirs. Rows
+            of several seeds that name one pool are resampled by the same draws.
     """
     documents = rows[0].get("documents")
     if not documents or any("nll" not in r or r.get("documents") != documents for r in rows):
@@ -343,12 +358,17 @@ def resample(rows: Sequence[Row]) -> np.ndarray | None:
     total = np.zeros((len(rows), RESAMPLES))
     for name in sorted(documents):
         known, owner = np.unique(documents[name], return_inverse=True)
+        everyone = known if pool is None else np.unique(pool[name])
         # without counts all windows are of one length
         counts = np.array(rows[0].get("counts", {}).get(name, np.ones(len(owner))))
         tokens = np.bincount(owner, weights=counts)
         sums = np.array([np.bincount(owner, weights=counts * r["nll"][name]) for r in rows])
         if len(known) < 2 or not np.isfinite(sums).all():
             return None
-        drawn = generator.multinomial(len(known), np.full(len(known), 1 / len(known)), size=RESAMPLES)
+        share = np.full(len(everyone), 1 / len(everyone))
+        drawn = generator.multinomial(len(everyone), share, size=RESAMPLES)
+        drawn = drawn[:, np.searchsorted(everyone, known)]
+        if not (drawn @ tokens).all():  # a draw of documents that these rows have none of
+            return None
         total += (sums @ drawn.T) / (drawn @ tokens)
     return total / len(documents)

@@ -42,6 +42,8 @@ def read(**source: Any) -> list[tuple[str, str]]:
         ("{t}", "True"),
         ("{l[-1]}", "r"),
         ("{b[c]}{a.__class__}", ""),
+        ("{l[f]}", "q"),  # a table's whole numbers, where some are missing
+        ("{l[n]}{b[n]}{b[l]}{l[l]}", ""),
     ],
 )
 def test_templates(template: str, out: str) -> None:
@@ -53,6 +55,7 @@ def test_templates(template: str, out: str) -> None:
         "n": None,
         "s": "{'k': ['one', ('two', 3)], 'z': None}",
         "t": True,
+        "f": 1.0,
     }
     assert render(template, record) == out
 

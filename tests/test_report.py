@@ -18,6 +18,7 @@ import pytest
 
 from koff_export.errors import KoffError
 from koff_prune.evaluate import perplexities
+from koff_prune.figures import frontier, learning_curve
 from koff_prune.report import Row, render_table, row_label, write_report
 from koff_prune.verdict import RESAMPLES, judge, resample, row_labels
 
@@ -261,6 +262,44 @@ def test_losing_is_said() -> None:
 def test_a_lead_within_noise_is_said() -> None:
     verdict = judge([*FULL, with_memories("taylor", 0.03 + 0.3 * (-1.0) ** np.array(OWNERS))])
     assert any("lead over taylor" in s and "within noise" in s for s in verdict.sentences)
+
+
+def diverged(given: Row) -> Row:
+    """The same row of a model that gives no number."""
+    losses = {name: [math.inf] * len(values) for name, values in WINDOWS.items()}
+    return {**given, "nll": losses, "perplexity": dict.fromkeys([*DOMAINS, "gmean"], math.inf)}
+
+
+@pytest.mark.parametrize("lost", [(1,), (6,), (1, 6), (5,), (2,)])
+def test_a_model_that_gives_no_number_beats_nobody_and_closes_nothing(lost: tuple[int, ...]) -> None:
+    rows = [diverged(r) if n in lost else r for n, r in enumerate(FULL)]
+    told = judge(rows)
+    figures = json.dumps([told.closed, told.offloaded])
+    assert "NaN" not in figures and "Infinity" not in figures
+    said = " ".join([told.headline, *told.sentences])
+    assert "nan" not in said and "inf%" not in said
+    if 1 in lost:
+        assert told.closed is None and "koff beats" not in said and "its loss is not finite" in said
+
+
+def test_a_lead_without_an_interval_is_no_victory() -> None:
+    rows = [{**r, "documents": {name: [0] * 24 for name in DOMAINS}} for r in FULL]
+    said = judge(rows).sentences
+    assert any("lead over fisher" in s and "is not tested" in s for s in said)
+    assert not any("beats" in s for s in said)
+
+
+def test_one_phase_follows_the_other_in_the_learning_curve() -> None:
+    log = [{"step": i, "loss": 2.0, "phase": phase} for phase in ("learn", "settle") for i in range(1, 41)]
+    assert ">80<" in (learning_curve(log) or "") and ">60<" in (learning_curve(log) or "")
+
+
+def test_a_frontier_leaves_nothing_out_in_silence() -> None:
+    near = {"dense": [(1e8, 0.0, 1.0)], "fisher, with memories": [(9e7, 0.1, 1.2)]}
+    bare = frontier({**near, "koff": [(9e7, 0.1, 1.1)]})
+    far = frontier({**near, "koff": [(9e7, 0.1, 4.2)], "magnitude, bare": [(9e7, 0.1, 9.0)]})
+    assert "koff" in bare and "beyond" not in bare
+    assert "koff" in far and "beyond" in far and "magnitude, bare" in far
 
 
 def test_memories_that_offload_nothing_are_said() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from model_helpers import tiny_config
-from run_helpers import koff_prune, recipe_of
+from run_helpers import koff_prune, mistake, recipe_of
 from text_helpers import save_tiny_model
 
 from koff_export.files import read_json
@@ -72,14 +72,70 @@ def test_closed_and_offloaded_are_means_over_seeds() -> None:
     (point,) = summary["points"]
     assert point["closed"]["value"] == pytest.approx(0.25)
     assert point["closed"]["rival"].startswith("fisher")
-    assert point["closed"]["low"] < 0.25 < point["closed"]["high"]
-    assert point["closed"]["low"] > 0.19, "seeds and shared noise alone widen the interval"
+    # Student's t of 2 degrees of freedom; noise that all rows share is none of the ratio's
+    half = 4.3027 * 0.05 / math.sqrt(3)
+    assert point["closed"]["low"] == pytest.approx(0.25 - half, abs=1e-4)
+    assert point["closed"]["high"] == pytest.approx(0.25 + half, abs=1e-4)
     # off - koff = 0.1 + 0.05 in every seed, dense - ceiling = 0.1
     assert point["offloaded"]["value"] == pytest.approx(0.05)
     koff = next(r for r in point["rows"] if r["label"] == "koff")
     assert koff["perplexity"] == pytest.approx(math.exp(2.25))
     assert koff["beside_dense"] == pytest.approx(math.exp(0.05))
     assert koff["std_nats"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_over_few_seeds_cover_what_they_say(seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 sweeps whose truth is 0.05 nats and a quarter closed, about 95% have it in their intervals."""
+    monkeypatch.setattr("koff_prune.verdict.RESAMPLES", 50)
+    generator = np.random.default_rng(0)
+    within = {"closed": 0, "offloaded": 0}
+    for _ in range(200):
+        found = seeds_of([0.05 + x for x in generator.normal(0, 0.01, seeds)])
+        for _, rows in found:
+            off = rows[2]
+            moved = float(generator.normal(0, 0.01))
+            gmean = off["perplexity"]["gmean"] * math.exp(moved)
+            off["perplexity"] = {"a": gmean, "b": gmean, "gmean": gmean}
+        (point,) = summarise(found)["points"]
+        for name, truth in (("closed", 0.25), ("offloaded", 0.05)):
+            within[name] += point[name]["low"] < truth < point[name]["high"]
+    assert all(count >= 180 for count in within.values()), within
+
+
+def test_the_same_documents_are_no_new_ones_in_another_seed() -> None:
+    """Where seeds differ in nothing, the interval is as wide as one seed's documents make it."""
+    generator = np.random.default_rng(3)
+    noise = {name: generator.normal(0, 0.2, 6).tolist() for name in "ab"}
+    widths = []
+    for count in (1, 8):
+        found = seeds_of([0.05] * count)
+        for _, rows in found:
+            nll = {
+                name: [x + y for x, y in zip(rows[2]["nll"][name], noise[name], strict=True)] for name in "ab"
+            }
+            means = {name: math.exp(sum(values) / 6) for name, values in nll.items()}
+            rows[2] |= {"nll": nll, "perplexity": {**means, "gmean": math.sqrt(means["a"] * means["b"])}}
+        (point,) = summarise(found)["points"]
+        widths.append(point["offloaded"]["high"] - point["offloaded"]["low"])
+    assert widths[1] == pytest.approx(widths[0], rel=0.35)
+
+
+def test_a_row_that_diverged_spoils_no_other_test() -> None:
+    found = seeds_of([0.04, 0.05, 0.06])
+    for _, rows in found:
+        rows.append({**row("taylor", 2.5, rows[0]["seed"])})
+    found[1][1][5]["perplexity"] = dict.fromkeys(("a", "b", "gmean"), math.inf)  # wanda
+    summary = summarise(found)
+    tests = {t["against"].split(",")[0]: t["koff_is"] for t in summary["tests"]}
+    assert tests == {"fisher": "better", "taylor": "better", "wanda": "not to be compared"}
+    assert any("wanda" in s and "no finite loss in one of 3 seeds" in s for s in summary["sentences"])
+    assert "nan" not in markdown(summary)
+    for _, rows in found:  # koff itself: nothing is said of it
+        rows[1]["perplexity"] = dict.fromkeys(("a", "b", "gmean"), math.inf)
+    (point,) = (lost := summarise(found))["points"]
+    assert point["closed"]["value"] is None and point["offloaded"] is None
+    assert not any("better" in s for s in lost["sentences"])
 
 
 def test_tests_are_paired_by_seed_and_corrected() -> None:
@@ -314,3 +370,38 @@ def test_lists_that_cannot_be_are_refused(
     answer = koff_prune(capsys, "compare", recipe_of(tmp_path), "--out", tmp_path / "s", option, value)
     assert answer.code == 2
     assert option in answer.err and said in answer.err and answer.err.count("\n") == 1
+
+
+def test_a_sweep_is_of_one_model_and_one_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What changed under a sweep is told, not mixed with what was measured before."""
+    recipe = recipe_of(tmp_path, memory={"lora": "none"}, compare=["magnitude"])
+    command = ("compare", recipe, "--out", tmp_path / "s", "--resume", "--tokens")
+    assert koff_prune(capsys, *command, "256").code == 0
+    law = tmp_path / "law" / "0.txt"
+    before = law.read_text()
+    law.write_text("another text altogether\n")
+    mistake(koff_prune(capsys, *command, "256,512"), "domains.law.source", "another --out")
+    shutil.rmtree(tmp_path / "s/seed-0/sparsity-0.1-tokens-512")
+    law.write_text(before)
+    weights = (tmp_path / "model/model.safetensors").read_bytes()
+    save_tiny_model(tmp_path / "model", tiny_config(num_hidden_layers=2, initializer_range=0.5))
+    mistake(koff_prune(capsys, *command, "256,512"), "model.source", "another --out")
+    shutil.rmtree(tmp_path / "s/seed-0/sparsity-0.1-tokens-512")
+    (tmp_path / "model/model.safetensors").write_bytes(weights)
+    # made under other versions: true, but not to be shared with rows of these
+    stamp = tmp_path / "s/seed-0/sparsity-0.1-tokens-256/run.json"
+    told = read_json(stamp)
+    stamp.write_text(json.dumps({**told, "versions": {**told["versions"], "torch": "1.0"}}))
+    assert koff_prune(capsys, *command, "256,512").code == 0
+    files = [tmp_path / f"s/seed-0/sparsity-0.1-tokens-{n}/statistics.safetensors" for n in (256, 512)]
+    assert not files[0].samefile(files[1])
+
+
+def test_a_sweep_tells_what_its_reports_warn_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path, memory={"lora": {"rank": 64, "alpha": 64}}, compare=["magnitude"])
+    answer = koff_prune(capsys, "compare", recipe, "--out", tmp_path / "s", "--sparsity", "0.1,0.2")
+    assert answer.code == 0, answer.err
+    told = read_json(tmp_path / "s/sweep.json")["sentences"]
+    report = read_json(tmp_path / "s/seed-0/sparsity-0.1/report.json")
+    assert report["warnings"] and "Nothing is saved in size" in report["warnings"][0]
+    assert all(told.count(warning) == 1 for warning in report["warnings"])
