@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import AutoTokenizer
 from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
-from koff_export.files import disk_errors, fsync_path, staged_dir
+from koff_export.files import disk_errors, fsync_path, recover_below, staged_dir
 from koff_prune.adding import in_words_of_add, recipe_of, same_work
 from koff_prune.attach import attach, attach_memory
 from koff_prune.bundle_places import beside, check_places, shipped, unlisted
@@ -38,6 +40,7 @@ from koff_prune.weights import has_weights
 
 # what the manifest tells beyond sizes, where it is known
 _MORE = ("heldout", "trained", "composed", "unpacked")
+_COMPOSED, _UNPACKED = ".composed", ".unpacked"  # where a memory is put together before it moves in
 
 
 def list_memories(bundle: Path) -> list[dict[str, Any]]:
@@ -94,7 +97,7 @@ def add_memory(
     for file in manifest.files:
         if "/" not in file:
             check_file(bundle, manifest, file)
-    with alone(bundle):
+    with _changing(bundle):
         manifest = open_manifest(bundle)  # as it is by now
         _check_name(bundle, manifest, name, replace)
         _check_length(manifest, name, recipe.memory.kv.tokens if recipe.memory.kv else 0)
@@ -154,11 +157,11 @@ def compose_memory(
     for file in manifest.files:
         if "/" not in file or any(file.startswith(f"memories/{part}/") for part in of):
             check_file(bundle, manifest, file)
-    with alone(bundle):
+    with _changing(bundle):
         manifest = open_manifest(bundle)  # as it is by now
         _check_name(bundle, manifest, name, replace)
         _check_length(manifest, name, sum(_told(bundle, manifest, part).kv_tokens for part in of))
-        place = bundle / ".composed"
+        place = bundle / _COMPOSED
         try:
             tensors, memory = compose_saved(load_backbone(bundle), bundle, of, weights)
             with staged_dir(place) as aside:
@@ -175,7 +178,7 @@ def remove_memory(bundle: Path, name: str) -> None:
     Raises:
         KoffError: No such memory.
     """
-    with alone(bundle):
+    with _changing(bundle):
         manifest = open_manifest(bundle)
         check_places(bundle, manifest, name)
         if name not in unlisted(bundle, manifest):
@@ -230,10 +233,9 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
     Raises:
         KoffError: Not a packed memory, a damaged or hostile one, of another plan, or the name is taken.
     """
-    with alone(bundle):
+    with _changing(bundle):
         manifest = open_manifest(bundle)
-        place = bundle / ".unpacked"
-        shutil.rmtree(place, ignore_errors=True)
+        place = bundle / _UNPACKED
         try:
             with staged_dir(place) as aside:
                 contents = extract(packed, aside)
@@ -319,6 +321,10 @@ def _publish(
             # everything is written: from here on there are only renames, and an old one's entry goes first
             if name in manifest.domains:
                 set_domain(bundle, name, None)
+            for (
+                target
+            ) in others.values():  # a kill leaves a memory that ONNX lacks, and none that it has still
+                target.unlink(missing_ok=True)
         for aside, target in others.items():
             target.parent.mkdir(exist_ok=True)
             aside.rename(target)
@@ -327,6 +333,24 @@ def _publish(
             aside.unlink(missing_ok=True)
     set_domain(bundle, name, told)
     return told
+
+
+@contextmanager
+def _changing(bundle: Path) -> Iterator[None]:
+    """Alone in a bundle, and rid of what a kill has left half-made there.
+
+    Raises:
+        KoffError: There is no bundle, or another process is at work in it.
+    """
+    open_manifest(bundle)
+    with alone(bundle):
+        recover_below(bundle)
+        for place in (bundle / _COMPOSED, bundle / _UNPACKED):
+            shutil.rmtree(place, ignore_errors=True)
+        for kind in ("onnx_adapter", "gguf"):
+            for file in bundle.rglob(f".*.{kind}.tmp"):
+                file.unlink()
+        yield
 
 
 def _told(bundle: Path, manifest: Manifest, name: str) -> Told:

@@ -56,7 +56,7 @@ def write_cartridge(bundle: Path, name: str, target: Path) -> bool:
     config = CartridgeConfig(
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=memory.tokens, num_frozen_tokens=1,
         num_layers=len(layers), num_attention_heads=heads[0], token_dim=heads[0] * layers[0][0].shape[-1],
-        base_model_name_or_path=manifest.model["source"], inference_mode=True,
+        base_model_name_or_path=manifest.model.get("source", ""), inference_mode=True,
     )  # fmt: skip
     with staged_dir(target) as aside:
         flat = prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=memory.tokens)

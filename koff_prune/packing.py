@@ -25,6 +25,8 @@ def extract(packed: Path, into: Path) -> dict[str, Any]:
             table = entries.pop(PACKED, None)
             if table is None or table.file_size > 1 << 20 or len(entries) != len(archive.infolist()) - 1:
                 raise KoffError(f"{packed}: is no packed memory; make one with `koff-prune memory pack`")
+            if table.compress_type != zipfile.ZIP_STORED:
+                raise KoffError(f"{packed}: is no packed memory; make one with `koff-prune memory pack`")
             contents = json.loads(archive.read(table))
             _check_contents(packed, contents, entries)
             for file, entry in entries.items():

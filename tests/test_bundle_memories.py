@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import tiny_config, token_ids
-from run_helpers import koff_prune, recipe_of
+from run_helpers import koff_prune, mistake, recipe_of
 
 import koff_prune as package
 from koff_export.bundle import check_files, open_manifest, set_domain
@@ -269,7 +271,23 @@ def squeeze(table: Any, members: Any) -> dict[str, int]:
     return {"compression": zipfile.ZIP_DEFLATED}
 
 
-TAMPERED = [escape, pickled, flip, rename, lie, squeeze, odd_rank, odd_target, no_number, half_a_letter]
+def squeeze_lzma(table: Any, members: Any) -> dict[str, int]:
+    return {"compression": zipfile.ZIP_LZMA}
+
+
+TAMPERED = [
+    escape,
+    pickled,
+    flip,
+    rename,
+    lie,
+    squeeze,
+    squeeze_lzma,
+    odd_rank,
+    odd_target,
+    no_number,
+    half_a_letter,
+]
 
 
 @pytest.mark.parametrize("change", [*TAMPERED, other_recovery])
@@ -488,3 +506,50 @@ def test_a_mistake_of_add_is_told_by_its_options(
     assert answer.code == 2 and says in answer.err, answer.err
     assert "domains." not in answer.err and "settle_tokens" not in answer.err
     assert not list(bundle.glob(".adding-*"))
+
+
+def test_a_kill_while_a_memory_is_replaced_leaves_none_that_is_half_old(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files for torch are new by then: what ONNX has of the old one must not answer for it."""
+    code = (
+        "import os, sys, pathlib\n"
+        "from koff_prune.bundle_memories import compose_memory\n"
+        "old = pathlib.Path.rename\n"
+        "def rename(self, target):\n"
+        "    if str(target).endswith('law.onnx_adapter'): os._exit(9)\n"
+        "    return old(self, target)\n"
+        "pathlib.Path.rename = rename\n"
+        "compose_memory(pathlib.Path(sys.argv[1]), 'law', ['law', 'code'], replace=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, check=False)
+    assert done.returncode == 9, done.stderr.decode()
+    assert "law" not in Runtime.open(bundle).memories
+    assert koff_prune(capsys, "verify", bundle).code == 0
+    answer = koff_prune(capsys, "memory", "compose", bundle, "--name", "both", "--of", "code+code")
+    assert answer.code == 0, answer.err
+    assert not [p for p in bundle.rglob(".*") if p.name != ".lock"], "what the kill left is gone"
+
+
+def test_a_mistyped_bundle_makes_no_folder(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "law.koffmem"
+    assert koff_prune(capsys, "memory", "pack", bundle, "law", "-o", file).code == 0
+    for command in (("remove", tmp_path / "typo/b", "law"), ("unpack", file, tmp_path / "typo/b")):
+        mistake(koff_prune(capsys, "memory", *command), "typo")
+        assert not (tmp_path / "typo").exists()
+
+
+def test_a_bundle_that_tells_of_no_memories_takes_one(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "law.koffmem"
+    assert koff_prune(capsys, "memory", "pack", bundle, "law", "-o", file).code == 0
+    for name in ("law", "code"):
+        assert koff_prune(capsys, "memory", "remove", bundle, name).code == 0
+    told = json.loads((bundle / "koff.json").read_text())
+    del told["domains"]
+    (bundle / "koff.json").write_text(json.dumps(told))
+    assert koff_prune(capsys, "memory", "unpack", file, bundle).code == 0
+    assert Runtime.open(bundle).memories == ["law"]

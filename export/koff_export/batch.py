@@ -9,7 +9,7 @@ import numpy as np
 
 from koff_export.cached import CHUNK, Cache
 from koff_export.errors import KoffError
-from koff_export.sampling import How, Picker, check_length
+from koff_export.sampling import How, Picker, check_length, sampling_of
 from koff_export.text import stream_text, until_stop
 
 if TYPE_CHECKING:
@@ -84,12 +84,14 @@ def generate_batch(
         KoffError: as `Runtime.generate`, or the lists differ in length.
     """
     check_length(max_new_tokens)
-    sampling = runtime.sampling(how)
-    if len(prompts) != len(memories) or rows < 1:
-        raise KoffError("a batch needs one memory (or None) for every prompt, and rows of at least 1")
+    sampling = sampling_of(runtime, how)
+    if isinstance(prompts, str) or len(prompts) != len(memories) or rows < 1:
+        raise KoffError(
+            "a batch needs a list of prompts, one memory (or None) for each, and rows of at least 1"
+        )
     ids = [runtime.encode(prompt) for prompt in prompts]
     for tokens, memory in zip(ids, memories, strict=True):
-        runtime.check_tokens(tokens, memory)
+        runtime.check_tokens(tokens, memory, min(1, max_new_tokens))
     answers = [""] * len(prompts)
     for memory in dict.fromkeys(memories):
         # texts of like length go together, for padding is computed too

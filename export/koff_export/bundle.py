@@ -326,7 +326,7 @@ def set_domain(folder: str | os.PathLike[str], name: str, told: dict[str, Any] |
     root = Path(folder)
     if told is not None:
         _domain(name, told, os.fspath(root / MANIFEST))
-    manifest = open_manifest(root).told
+    manifest = {"domains": {}, "files": {}, **open_manifest(root).told}
     old = manifest["domains"].pop(name, {})
     gone = f"{(told or old).get('peft') or f'memories/{name}'}/"
     beside = {entry.get(kind) for entry in (old, told or {}) for kind in ("adapter", "gguf")}

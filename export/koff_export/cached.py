@@ -131,11 +131,19 @@ class CacheInPlace:
 
 
 class CachedText:
-    """One text on its way through the graph: its tokens so far, and their cache."""
+    """One text on its way through the graph: its tokens so far, and their cache.
+
+    Attributes:
+        answers: How many answers have gone on with it: the last one alone may.
+    """
 
     def __init__(self, runtime: Runtime, memory: str | None) -> None:
-        self.runtime, self.memory = runtime, memory
-        self.cache: Cache = runtime.cache(memory)
+        self.runtime, self.memory, self.answers = runtime, memory, 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.cache: Cache = self.runtime.cache(self.memory)
+        self._adapter = self.runtime.loaded(self.memory)
         self.tokens: list[int] = []
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
@@ -148,6 +156,8 @@ class CachedText:
 
     def turn_to(self, tokens: Sequence[int]) -> Sequence[int]:
         """Forgets all but what `tokens` begin with; returns those still to be read, at least the last one."""
+        if self.runtime.loaded(self.memory) is not self._adapter:  # another goes by that name by now
+            self._restart()
         common = 0
         while common < min(len(self.tokens), len(tokens) - 1) and self.tokens[common] == tokens[common]:
             common += 1

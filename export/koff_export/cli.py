@@ -108,7 +108,7 @@ def _score_windows(runtime: Runtime, path: str) -> list[list[int]]:
     import json
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, ValueError) as error:
         raise KoffError(f"cannot read {path}: {error}") from error
@@ -141,9 +141,12 @@ def _score(runtime: Runtime, args: argparse.Namespace) -> None:
     if not tokens:
         raise KoffError(f"{args.score} has no token to predict: give at least two tokens")
     mean = nll / tokens
+    if not math.isfinite(mean):
+        raise KoffError(f"{args.score}: its loss is not finite: the weights or the memory are damaged")
     perplexity = math.exp(mean) if mean < 700 else math.inf
     if args.json:
-        row = {"memory": args.memory or "none", "precision": runtime.precision, "perplexity": perplexity}
+        row = {"memory": args.memory or "none", "precision": runtime.precision, "perplexity": None}
+        row["perplexity"] = perplexity if math.isfinite(perplexity) else None
         print(json.dumps({**row, "nll": nll, "tokens": tokens, "windows": len(windows)}))
     else:
         memory = args.memory or "none"
@@ -155,7 +158,7 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
 
     rows: list[dict[str, Any]] = []
     try:
-        with open(args.batch, encoding="utf-8") as file:
+        with open(args.batch, encoding="utf-8-sig") as file:
             lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
     except (OSError, ValueError) as error:
         raise KoffError(f"cannot read {args.batch}: {error}") from error
@@ -279,14 +282,14 @@ class _Session:
                 f"memories: {', '.join(self.runtime.memories) or 'none'}; /memory NAME changes, Ctrl-D ends",
                 file=sys.stderr,
             )
-        for line in lines:
-            line = line.rstrip("\r\n")
+        for number, line in enumerate(lines):
+            line = (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
             if not line.strip():
                 continue
             try:
-                command, _, rest = line.partition(" ")
+                command, *rest = line.split(None, 1)
                 if command == "/memory":
-                    self.switch(rest.strip())
+                    self.switch(rest[0].strip() if rest else "")
                 else:
                     self.answer(line)
             except KoffError as error:
@@ -297,10 +300,10 @@ class _Session:
 
 def _run(args: argparse.Namespace) -> None:
     refuse_two_wheels()
-    if sum([bool(args.score), bool(args.batch), args.prompt is not None or args.chat]) > 1:
+    if args.json and args.score is None:
+        raise KoffError("--json prints what --score finds: add --score FILE, or leave it out")
+    if sum([args.score is not None, args.batch is not None, args.prompt is not None or args.chat]) > 1:
         raise KoffError("--score, --batch and --prompt or --chat each stand alone: leave out the others")
-    if args.threads is not None and not 1 <= args.threads <= 1024:
-        raise KoffError(f"--threads {args.threads} is not possible: give 1 to 1024")
     from koff_export.runtime import Runtime
 
     runtime = Runtime.open(
@@ -312,16 +315,19 @@ def _run(args: argparse.Namespace) -> None:
         mapped=args.mapped,
     )
     args.memory = None if args.memory == BARE else args.memory
-    if (args.score or args.batch) and args.memory == AUTO:
+    files = args.score is not None or args.batch is not None
+    if files and args.memory == AUTO:
         raise KoffError("--memory auto picks by one prompt: name a memory")
     if args.memory not in (None, AUTO):
         runtime.memory(args.memory)
-    if args.score or args.batch:
-        (_score if args.score else _batch)(runtime, args)
+    if files:
+        (_score if args.score is not None else _batch)(runtime, args)
         return
     session = _Session(runtime, args)
     if args.prompt is not None:
         session.answer(args.prompt)
+    elif sys.stdin is None:
+        raise KoffError("there is no standard input: give --prompt")
     else:
         session.lines(sys.stdin)
 
@@ -333,7 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal may not have all of the answer's characters
     try:
         _run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KoffError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -155,7 +155,11 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
     """
     parts = PurePosixPath(relative).parts
     hostile = not parts or relative.startswith("/") or ".." in parts or "\\" in relative or "\0" in relative
-    if hostile or ":" in parts[0] or not inside(root, Path(root) / relative):
+    try:
+        hostile = hostile or ":" in parts[0] or not inside(root, Path(root) / relative)
+    except (OSError, RuntimeError, ValueError):  # a loop of links, half a character, a name without end
+        hostile = True
+    if hostile:
         raise KoffError(
             f"the path {relative!r} leads out of {os.fspath(root)}: this folder is damaged or hostile"
         )

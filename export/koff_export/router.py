@@ -43,7 +43,8 @@ def route(runtime: Runtime, tokens: Sequence[int]) -> Choice:
         tokens: The prompt, with `bos` if the model wants it. One token tells nothing: it gets no memory.
 
     Raises:
-        KoffError: a damaged memory, or a prompt that does not fit.
+        KoffError: a damaged memory, or a prompt that leaves no room at all. Memories that leave none are
+            passed over.
     """
     if len(tokens) < 2:
         return Choice(None)
@@ -52,4 +53,6 @@ def route(runtime: Runtime, tokens: Sequence[int]) -> Choice:
         nats, count = runtime.score([tokens], name)
         return nats / count
 
-    return choose(runtime.memories, loss)
+    for name in (names := runtime.memories):
+        runtime.memory(name)
+    return choose([name for name in names if runtime.room(tokens, name, 1) > 0], loss)

@@ -15,10 +15,10 @@ from koff_export.adapter import Adapter, Options, open_adapter
 from koff_export.bundle import MERGED_KV, Manifest, check_file, open_manifest
 from koff_export.cached import CHUNK, Cache, CachedText, CacheInPlace, CacheOfGraph
 from koff_export.errors import KoffError
-from koff_export.files import read_json, safe_join
+from koff_export.files import safe_join
 from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
-from koff_export.sampling import How, Sampling, asked_of, check_length
+from koff_export.sampling import How, check_length, sampling_of
 from koff_export.session import check_session, open_session, run_errors
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class Runtime:
         self._kv_tokens: dict[str, int] = {"": within.kv_tokens if within else 0}
         self.vocab_size = manifest.graph.vocab_size if manifest.graph else 0  # width of the logits
         self._tokenizer: Any = None
-        self._asked: dict[str, Any] | None = None  # of the bundle's generation_config.json
         self._outputs = [output.name for output in session.get_outputs()]
         self.empty_cache, self._slots, self._kv_slots = check_session(session, manifest, profile)
 
@@ -118,6 +117,8 @@ class Runtime:
         Raises:
             KoffError: no such memory, or its file is damaged or belongs to another backbone.
         """
+        if not name:
+            raise KoffError("a memory has a name: leave it out for the bare backbone")
         if file is not None:
             self._adapters[name] = self._open(Path(file), name)
         elif name not in self._adapters:
@@ -153,6 +154,10 @@ class Runtime:
             raise KoffError(f"{self.folder} holds another backbone by now: open it again")
         self.manifest = replace(self.manifest, domains=found.domains, files=found.files)
 
+    def loaded(self, memory: str | None) -> Adapter | None:
+        """A memory as it was last read from the disk, None where it was not."""
+        return self._adapters.get(memory or "")
+
     def evict(self, name: str) -> None:
         """Forgets a loaded memory; it is read again when it is next used."""
         self._adapters.pop(name, None)
@@ -175,7 +180,7 @@ class Runtime:
         if memory is not None:
             self.memory(memory)
         elif "" not in self._adapters:
-            path = self._file(MERGED_KV) if self.manifest.merged else None
+            path = self.file(MERGED_KV) if self.manifest.merged else None
             if path is None:
                 if self.kv_tokens(None):
                     raise KoffError(f"the bundle lists no {MERGED_KV}: fetch it again")
@@ -207,7 +212,8 @@ class Runtime:
 
     # Text
 
-    def _file(self, name: str) -> Path | None:
+    def file(self, name: str) -> Path | None:
+        """A file of the bundle, checked; None where the manifest lists none of this name."""
         if name not in self.manifest.files:
             return None
         return check_file(self.folder, self.manifest, name, hashes=self._verify)
@@ -218,7 +224,7 @@ class Runtime:
         if self._tokenizer is None:
             from koff_export.text import open_tokenizer
 
-            path = self._file("tokenizer.json")
+            path = self.file("tokenizer.json")
             if path is None:
                 raise KoffError("the bundle lists no tokenizer.json: only token numbers can be used with it")
             self._tokenizer = open_tokenizer(path)
@@ -248,7 +254,7 @@ class Runtime:
         """
         from koff_export.text import ChatTemplate
 
-        return ChatTemplate.open(self._file("chat_template.jinja"), self._file("tokenizer_config.json"))
+        return ChatTemplate.open(self.file("chat_template.jinja"), self.file("tokenizer_config.json"))
 
     def check_tokens(self, tokens: Sequence[int], memory: str | None, extra: int = 0) -> None:
         """Refuses tokens that cannot be read with `memory`, and `extra` more behind them."""
@@ -261,21 +267,12 @@ class Runtime:
         if memory is not None:
             self.memory(memory)
         if self.room(tokens, memory, extra) < extra:
-            kv, context = self.kv_tokens(memory), self.manifest.context
-            wanted = f"{len(tokens)} tokens of text" + (f" and a memory of {kv}" if kv else "")
-            raise KoffError(f"{wanted} do not fit into the model's {context} positions: shorten the text")
-
-    def sampling(self, how: How) -> Sampling:
-        """`how`, checked, with what the bundle's generation_config.json asks of every answer.
-
-        Raises:
-            KoffError: settings that mean nothing.
-        """
-        if self._asked is None:
-            path = self._file("generation_config.json")
-            self._asked = asked_of(read_json(path) if path else {}, self.vocab_size)
-        given = {key: value for key, value in how.items() if value is not None}
-        return Sampling(**{**self._asked, **given})
+            kv = self.kv_tokens(memory)
+            beside = (f" and a memory of {kv}" if kv else "") + (" and an answer" if extra else "")
+            raise KoffError(
+                f"{len(tokens)} tokens of text{beside} do not fit into the model's {self.manifest.context}"
+                " positions: shorten the text"
+            )
 
     def generate_tokens(
         self,
@@ -302,16 +299,19 @@ class Runtime:
             KoffError: an unknown memory, no tokens, or tokens that do not fit.
         """
         check_length(max_new_tokens)
-        sampling = self.sampling(how)
-        self.check_tokens(ids, memory)
+        sampling = sampling_of(self, how)
+        self.check_tokens(ids, memory, min(1, max_new_tokens))
         cached = text or CachedText(self, memory)
         if cached.runtime is not self or cached.memory != memory:
             raise KoffError(f"text: was read with {cached.memory or 'no memory'}; give one that memory read")
         room, picker = self.room(ids, memory, max_new_tokens), sampling.picker(ids, self.vocab_size)
 
         def answer() -> Iterator[int]:
-            pending = cached.turn_to(ids)
+            cached.answers += 1
+            mine, pending = cached.answers, cached.turn_to(ids)
             for _ in range(room):
+                if cached.answers != mine:
+                    raise KoffError("text: another answer has gone on with it; give each its own")
                 for at in range(0, len(pending), CHUNK):
                     logits = cached.read(pending[at : at + CHUNK])
                 token = picker.pick(logits[-1])
@@ -390,10 +390,9 @@ class Runtime:
 
     def windows(self, text: str) -> list[list[int]]:
         """The text in the manifest's windows: `window` tokens, `bos` counted; the last may be shorter."""
-        lead = [] if self.manifest.bos is None else [self.manifest.bos]
-        ids, step = self.encode(text, bos=False), self.manifest.window - len(lead)
-        cut = [lead + ids[at : at + step] for at in range(0, len(ids), step)]
-        return [window for window in cut if len(window) > 1]
+        from koff_export.scoring import windows
+
+        return windows(self, text)
 
     def score_text(self, text: str, memory: str | None = None) -> tuple[float, int]:
         """`score` of the text's `windows`."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from koff_export.errors import KoffError
+from koff_export.files import read_json
 
+if TYPE_CHECKING:
+    from koff_export.runtime import Runtime
+
+_NONSENSE = "the graph's logits are not finite: the weights or the memory are damaged"
 _COLD = 1e-6  # below it a draw is the highest logit, and dividing by it is no number
 
 
@@ -88,7 +93,7 @@ class Picker:
         """The next token, from logits [vocabulary].
 
         Raises:
-            KoffError: A draw from what is no number.
+            KoffError: The logits are no numbers.
         """
         token = self._choose(self._mended(logits))
         self.seen[token] = True
@@ -107,7 +112,10 @@ class Picker:
     def _choose(self, logits: np.ndarray) -> int:
         how = self.how
         if how.temperature < _COLD:
-            return int(logits.argmax())
+            token = int(logits.argmax())
+            if not np.isfinite(logits[token]):
+                raise KoffError(_NONSENSE)
+            return token
         order = np.argsort(-logits, kind="stable")
         if how.top_k > 0:
             order = order[: how.top_k]
@@ -115,7 +123,7 @@ class Picker:
         p = np.exp(scaled - scaled[0])
         p /= p.sum()
         if not np.isfinite(p).all():
-            raise KoffError("the graph's logits are not finite: the weights or the memory are damaged")
+            raise KoffError(_NONSENSE)
         if how.top_p < 1:
             keep = int(np.searchsorted(np.cumsum(p), how.top_p)) + 1
             order, p = order[:keep], p[:keep] / p[:keep].sum()
@@ -128,12 +136,19 @@ def check_length(max_new_tokens: int) -> None:
         raise KoffError(f"max_new_tokens {max_new_tokens} must be at least 0")
 
 
-def asked_of(told: Any, vocabulary: int) -> dict[str, Any]:
-    """What a generation_config.json, as read, asks of every answer: `Sampling`'s last two fields.
+def sampling_of(runtime: Runtime, how: How) -> Sampling:
+    """`how`, checked, with what the bundle's generation_config.json asks of every answer.
 
     Raises:
-        KoffError: A value of another kind.
+        KoffError: Settings that mean nothing.
     """
+    path = runtime.file("generation_config.json")
+    asked = _asked_of(read_json(path) if path else {}, runtime.vocab_size)
+    return Sampling(**{**asked, **{key: value for key, value in how.items() if value is not None}})
+
+
+def _asked_of(told: Any, vocabulary: int) -> dict[str, Any]:
+    """Of a generation_config.json, as read: `Sampling`'s last two fields."""
     told = told if isinstance(told, dict) else {}
     penalty, suppress = told.get("repetition_penalty"), told.get("suppress_tokens")
     penalty = 1.0 if penalty is None else penalty

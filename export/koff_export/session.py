@@ -45,8 +45,10 @@ def open_session(
         dynamic: Let products with int8 weights round their inputs to 8 bits and compute in those.
 
     Raises:
-        KoffError: ONNX Runtime refuses the graph.
+        KoffError: ONNX Runtime refuses the graph, or threads that no machine has.
     """
+    if threads is not None and not 1 <= threads <= 1024:
+        raise KoffError(f"threads: {threads} is not possible; give 1 to 1024")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # failures come back as exceptions; of optional slots it would warn
     if threads is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from koff_export.bundle import MERGED_KV, check_file, open_manifest, write_manifest
 from koff_export.errors import KoffError
-from koff_export.files import staged_dir
+from koff_export.files import safe_join, staged_dir
 from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
 
@@ -33,7 +33,7 @@ def ship(
         target: A folder that is not there yet.
         precision: One of the bundle's.
         profile: "portable", "fused" or "in_place"; None: the last that the bundle has, the fastest.
-        memories: Domains to take along; None: all. More can be dropped in later.
+        memories: To take along; None: all, those that were dropped in among them. More can be later.
 
     Returns:
         The target.
@@ -49,10 +49,18 @@ def ship(
         raise KoffError(f"{source} holds no ONNX graph: export it with the format onnx")
     profile, precision = manifest.graph.choose(profile, precision)
     file = manifest.graph.profiles[profile][precision]
-    names = list(manifest.domains) if memories is None else list(memories)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise KoffError(f"{target} is inside of {source}: choose a folder elsewhere")
+    added = {path.name.removesuffix(".onnx_adapter"): path.relative_to(source).as_posix()
+             for path in sorted((source / "onnx/memories").glob("[!.]*.onnx_adapter"))}  # fmt: skip
+    added = {name: path for name, path in added.items() if name not in manifest.domains}
+    names = [*manifest.domains, *added] if memories is None else list(memories)
     for name in names:
-        if name not in manifest.domains:
-            raise KoffError(f"the bundle has no memory {name!r}; it has: {', '.join(manifest.domains)}")
+        if name not in manifest.domains and name not in added:
+            known = ", ".join([*manifest.domains, *added])
+            raise KoffError(f"the bundle has no memory {name!r}; it has: {known}")
+    dropped = [added[name] for name in names if name in added]  # with no sha256 to be checked against
+    names = [name for name in names if name not in added]
     graph = check_file(source, manifest, file)
     data = [path.relative_to(source).as_posix() for path in check_onnx(graph, source)]
     adapters = [manifest.domains[name].adapter for name in names]
@@ -63,6 +71,10 @@ def ship(
             path = aside / name
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(check_file(source, manifest, name), path)
+        for name in dropped:
+            path = aside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(safe_join(source, name), path)
         write_manifest(aside, _told(manifest.told, profile, precision, names))
     return target
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _BROKEN = "\ufffd"  # what a tokenizer shows for the bytes of an incomplete character
 _BIGGEST = 1000  # operand of a template's power; a product has at most its square
 _CONTEXT = 8  # prompt tokens decoded along with the first new ones, so that a leading space survives
+_FAR = 64  # at most so many, where the nearest begin inside a character
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -38,7 +39,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
     """Yields the text of `tokens` piece by piece, holding back incomplete characters."""
-    ids = list(prompt[-_CONTEXT:])
+    near = _CONTEXT
+    # a context that begins inside a character would keep all that follows broken, where bytes are tokens
+    while near < min(len(prompt), _FAR) and tokenizer.decode(prompt[-near:]).startswith(_BROKEN):
+        near += 1
+    ids = list(prompt[-near:])
     done, shown = 0, len(ids)  # ids[done:shown] is text already yielded; a few are decoded again as context
 
     def tail() -> tuple[str, str]:
@@ -57,7 +62,7 @@ def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[in
 
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """Passes pieces on up to the first of the `stop` texts, holding back what may become one."""
-    stop = [s for s in stop if s]
+    stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
     if not stop:
         yield from pieces
         return

@@ -418,3 +418,66 @@ def test_a_bundle_on_the_hub_is_its_place(exported: Exported, copy: Path, tmp_pa
         done = koff_run(place, *asked, env=offline)
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_lines_and_files_are_read_as_others_write_them(exported: Exported, tmp_path: Path) -> None:
+    """Byte order marks, tabs, blanks in front of a command."""
+    folder, few = str(exported.folder), ("--max-new-tokens", "6", "--threads", "1")
+    plain = koff_run(folder, *few, stdin="/memory law\nhi\n").stdout
+    for stdin in ("\ufeff/memory law\r\nhi\r\n", "/memory\tlaw\nhi\n", "  /memory  law \nhi\n"):
+        assert koff_run(folder, *few, stdin=stdin).stdout == plain, stdin
+    for name, text, option in (
+        ("a.txt", "hello", "--score"), ("a.jsonl", '{"text": "hello"}\n', "--score"),
+        ("b.jsonl", '{"prompt": "hi"}\n', "--batch"),
+    ):  # fmt: skip
+        found = []
+        for mark in ("", "\ufeff"):
+            (tmp_path / name).write_text(mark + text, encoding="utf-8")
+            done = koff_run(folder, *few, option, str(tmp_path / name))
+            assert done.returncode == 0, done.stderr
+            found.append(done.stdout)
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--score", ""), "cannot read"),
+        (("--batch", ""), "cannot read"),
+        (("--json", "--prompt", "x"), "add --score"),
+        (("--threads", "0", "--prompt", "x"), "threads: 0"),
+    ],
+)
+def test_no_option_is_passed_over(exported: Exported, args: tuple[str, ...], says: str) -> None:
+    done = koff_run(str(exported.folder), *args)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("closed", "code"), [("<&-", 2), (">&-", 0)])
+def test_closed_streams_end_in_no_traceback(exported: Exported, closed: str, code: int) -> None:
+    prompt = "--prompt hi" if closed == ">&-" else ""
+    line = f"{sys.executable} -m koff_export.cli {exported.folder} --max-new-tokens 2 {prompt} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", line], stderr=subprocess.PIPE, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": EXPORT},
+    )  # fmt: skip
+    assert done.returncode == code and b"Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("place", ["onnx/model.onnx", "tokenizer.json", "onnx/memories/law.onnx_adapter"])
+def test_a_link_to_itself_is_told(copy: Path, place: str) -> None:
+    (copy / place).unlink()
+    (copy / place).symlink_to(Path(place).name)
+    done = koff_run(str(copy), "--memory", "law", "--prompt", "hi")
+    assert done.returncode == 2 and "damaged or hostile" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_path_of_half_a_character_is_told(copy: Path) -> None:
+    told = json.loads((copy / "koff.json").read_text())
+    path = "onnx/\ud800.onnx"
+    told["graph"]["precisions"]["fp32"] = path
+    told["files"][path] = {"sha256": "0" * 64, "size": 1}
+    (copy / "koff.json").write_text(json.dumps(told))
+    done = koff_run(str(copy), "--prompt", "hi")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from export_helpers import BOS, WINDOW, Exported, torch_logits
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -20,9 +21,13 @@ from transformers import (
 )
 
 from koff_export.bundle import write_manifest
+from koff_export.cached import CachedText
 from koff_export.errors import KoffError
+from koff_export.onnx import write_adapter
+from koff_export.router import route
 from koff_export.runtime import Runtime
 from koff_export.sampling import Sampling
+from koff_export.text import stream_text, until_stop
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +314,74 @@ def test_another_backbone_under_a_running_bundle_is_told(copy: Path) -> None:
     stamped(copy)
     with pytest.raises(KoffError, match="another backbone by now"):
         running.memory("math")
+
+
+def fallback_tokenizer() -> Tokenizer:
+    """As SentencePiece's: what has no token of its own is bytes, and bytes are decoded run by run."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{i:02X}>": i + 3 for i in range(256)}}
+    for piece in ("▁", "a", "b", "▁a", "▁b"):
+        vocab[piece] = len(vocab)
+    merges = [("▁", "a"), ("▁", "b")]
+    made = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
+
+
+@pytest.mark.parametrize("prompt", ["a 漢漢漢", "🙂漢🙂é", "b a b", "é" * 40])
+def test_characters_of_several_bytes_stream_whole_behind_such_a_prompt(prompt: str) -> None:
+    tokenizer = fallback_tokenizer()
+    for answer in ("漢 a", "🙂", "ab é b", "漢é"):
+        before = tokenizer.encode(prompt, add_special_tokens=False).ids
+        whole = tokenizer.encode(prompt + answer, add_special_tokens=False).ids
+        assert whole[: len(before)] == before
+        assert "".join(stream_text(tokenizer, before, whole[len(before) :])) == answer
+
+
+def test_a_text_that_was_begun_is_gone_on_with_by_one_answer_under_one_memory(
+    copy: Path, exported: Exported
+) -> None:
+    runtime = Runtime.open(copy, threads=1)
+    first, second = [BOS, 5, 6], [BOS, 9]
+    wanted = [list(runtime.generate_tokens(ids, "law", 6)) for ids in (first, second)]
+    text = CachedText(runtime, "law")
+    running = runtime.generate_tokens(first, "law", 6, text=text)
+    assert [next(running), next(running)] == wanted[0][:2]
+    assert list(runtime.generate_tokens(second, "law", 6, text=text)) == wanted[1]
+    with pytest.raises(KoffError, match="another answer"):
+        next(running)
+    runtime.memory("law", copy / "onnx/memories/music.onnx_adapter")  # another goes by its name by now
+    other = list(Runtime.open(copy, threads=1).generate_tokens(first, "music", 6))
+    assert list(runtime.generate_tokens(first, "law", 6, text=text)) == other
+    runtime.evict("law")
+    assert list(runtime.generate_tokens(first, "law", 6, text=text)) == wanted[0]
+    with pytest.raises(KoffError, match="a memory has a name"):
+        runtime.memory("")
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_told(runtime: Runtime) -> None:
+    for memory, room in ((None, 128), ("law", 121)):
+        assert len(list(runtime.generate_tokens([BOS] * (room - 1), memory, 5))) == 1
+        with pytest.raises(KoffError, match="and an answer do not fit"):
+            runtime.generate_tokens([BOS] * room, memory, 5)
+        assert list(runtime.generate_tokens([BOS] * room, memory, 0)) == []
+    # a memory without room is passed over, not held against the others
+    assert set(route(runtime, [BOS] * 124).losses) == {"none", "math"}
+    with pytest.raises(KoffError, match="list of prompts"):
+        runtime.generate_batch("ab", ["law", "law"])
+    assert list(until_stop(["hello kn"], "kn")) == ["hello "], "one text is one text, not its letters"
+    with pytest.raises(KoffError, match="threads: -1"):
+        Runtime.open(runtime.folder, threads=-1)
+
+
+def test_a_memory_of_no_numbers_is_told(copy: Path, exported: Exported) -> None:
+    lora, kv = exported.memories["law"]
+    write_adapter(
+        copy / "onnx/memories/bad.onnx_adapter",
+        {name: (a * float("nan"), b, scale) for name, (a, b, scale) in lora.items()}, kv,
+    )  # fmt: skip
+    runtime = Runtime.open(copy, threads=1)
+    with pytest.raises(KoffError, match="not finite"):
+        list(runtime.generate_tokens([BOS, 5], "bad", 3))

@@ -101,3 +101,18 @@ def test_a_memory_that_changes_meanwhile_does_not_mix_two_manifests(
     part = ship(folder, tmp_path / "part", "int8")
     assert json.loads((part / "koff.json").read_text())["domains"]["law"]["kv_tokens"] == known["kv_tokens"]
     Runtime.open(part, threads=1).memory("law")
+
+
+def test_what_was_dropped_in_is_shipped_too(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "folder"))
+    shutil.copy(folder / "onnx/memories/law.onnx_adapter", folder / "onnx/memories/sea.onnx_adapter")
+    for memories in (None, ["sea"]):
+        part = ship(folder, tmp_path / f"part-{bool(memories)}", "fp32", memories=memories)
+        check_files(part, open_manifest(part))
+        runtime = Runtime.open(part, threads=1)
+        assert set(runtime.memories) == set(memories or ["law", "math", "music", "sea"])
+        wanted = Runtime.open(folder, threads=1).logits(PROMPT, "law")
+        assert runtime.logits(PROMPT, "sea").tobytes() == wanted.tobytes()
+    with pytest.raises(KoffError, match="inside of"):
+        ship(folder, folder / "phone", "fp32")
+    assert not (folder / "phone").exists()
