@@ -228,6 +228,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
     folder = local(folder)
     manifest = open_manifest(folder)
     check_files(folder, manifest)
+    if strangers := unlisted(folder, manifest):
+        say(f"not in koff.json, and not checked: the memories {', '.join(strangers)}")
     if not has_weights(folder):
         raise shipped(folder, "the weights that ONNX is checked against; its files are as koff.json says")
     plan = Plan.load(folder / "plan.json")
