@@ -141,6 +141,10 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
     weights = Weights.find(source, section.revision)
     if weights is not None:
         weights.check_head(config, _name(section))
+    if isinstance(place, Path) and not _has_tokenizer(Path(tokens)):
+        raise KoffError(
+            f"model.source '{place}' holds no tokenizer.json: save the model's tokenizer there too"
+        )
     tokenizer = _load(AutoTokenizer, tokens, section, **options)
     dense = Dense(
         config=copy.deepcopy(config),
@@ -290,7 +294,7 @@ def _gguf_in(place: Path) -> Path | None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def _check_folder(folder: Path) -> None:
@@ -298,8 +302,7 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").exists():
         raise KoffError(f"model.source '{folder}' holds no config.json: name a Hugging Face model folder")
     read_json(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         why = "its weights are pickled, which is not safe to read" if pickled else "it holds no weights"
         raise KoffError(f"model.source '{folder}' has no .safetensors file ({why}): name a folder with one")
@@ -319,9 +322,9 @@ def _told(section: ModelSection, what: str) -> Iterator[None]:
     except (KoffError, MemoryError):
         raise
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise KoffError(
-            f"model.source '{_name(section)}': the {what} cannot be loaded ({lines[0][:300]}); "
+            f"model.source '{_name(section)}': the {what} cannot be loaded ({reason}); "
             "check the name and revision, the network, or that the folder is whole"
         ) from error
 
