@@ -203,7 +203,8 @@ def _compare_at(
 
         mine = point.recipe(recipe)
         with ranks.turn(), Run(mine, folder, resume=True) as run:
-            for other in before:
+            # of the same budget first: their texts need not be read again
+            for other in sorted(before, key=lambda other: other.tokens != point.tokens):
                 if other.seed == point.seed and _is_of(run, out, other, point):
                     share(out / other.folder, folder, same_budget=other.tokens == point.tokens)
         rows = compare(mine, folder, resume=True)

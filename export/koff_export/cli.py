@@ -145,8 +145,8 @@ def _score(runtime: Runtime, args: argparse.Namespace) -> None:
         raise KoffError(f"{args.score}: its loss is not finite: the weights or the memory are damaged")
     perplexity = math.exp(mean) if mean < 700 else math.inf
     if args.json:
-        row = {"memory": args.memory or "none", "precision": runtime.precision, "perplexity": None}
-        row["perplexity"] = perplexity if math.isfinite(perplexity) else None
+        told = perplexity if perplexity < math.inf else None  # JSON knows no infinity
+        row = {"memory": args.memory or "none", "precision": runtime.precision, "perplexity": told}
         print(json.dumps({**row, "nll": nll, "tokens": tokens, "windows": len(windows)}))
     else:
         memory = args.memory or "none"
