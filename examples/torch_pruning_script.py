@@ -22,6 +22,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
     tokens = AutoTokenizer.from_pretrained(name)(text, return_tensors="pt").input_ids[0][:5120]
     windows, test = tokens[:4096].split(256), tokens[4096:]
+    if len(test) < 2:
+        sys.exit(f"{sys.argv[2]}: {len(tokens)} tokens; give more than 4,097, to score on and to test with")
 
     units = read_units(model)
     statistics = collect(model, units, ["ffn_neurons"], windows)

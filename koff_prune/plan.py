@@ -165,10 +165,14 @@ def make_plan(
                 f"structure.sparsity {structure.sparsity}: at most {realised:.4f} of {structure.of} can be"
                 f" removed ({setting}); lower it{more}"
             )
-        nearest = " and ".join(f"{s:.4f}" for s in sorted({realised, other}))
+        nearest = " and ".join(f"{s:.4f}" for s in sorted({realised, other}) if s > 0)
+        if "ffn_neurons" not in structure.units:
+            finer = ", or add ffn_neurons to structure.units"
+        else:
+            finer = ", or a smaller structure.round_to" if structure.round_to > 1 else ""
         raise KoffError(
             f"structure.sparsity {structure.sparsity}: nothing reachable lies within {TOLERANCE} of it;"
-            f" the nearest are {nearest} ({setting}); take one of them, or a smaller structure.round_to"
+            f" the nearest are {nearest} ({setting}); take one of them{finer}"
         )
     return Plan(
         model=model,

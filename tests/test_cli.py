@@ -351,3 +351,25 @@ def test_optimum_cli_has_the_same_commands(tmp_path: Path) -> None:
     )
     assert lost.returncode == 2
     assert lost.stderr.splitlines()[-1].startswith("error: recipe") and "Traceback" not in lost.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("plan", "--tflops", "5"), "--tflops"),
+        (("compare", "--sparsity", ""), "--sparsity: '' is not a list of numbers"),
+        (("learn", "--device", "meta"), "--device: 'meta' cannot be used"),
+        (
+            ("plan", "--dry-run", "--set", "structure.units=[kv_groups]", "--set", "structure.sparsity=0.01"),
+            "add ffn_neurons to structure.units",
+        ),
+    ],
+)
+def test_what_would_be_passed_over_or_help_nobody_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...], says: str
+) -> None:
+    name, *options = command
+    out = () if "--dry-run" in options else ("--out", tmp_path / "o")
+    answer = koff_prune(capsys, name, place / "recipe.yaml", *out, *options)
+    mistake(answer, says)
+    assert "round_to 1, or" not in answer.err and "are 0.0000" not in answer.err

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from text_helpers import save_tiny_model, tiny_tokenizer
+from text_helpers import merging_tokenizer, save_tiny_model, tiny_tokenizer
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     Gemma3TextConfig,
     LlamaConfig,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from koff_export.errors import KoffError
+from koff_export.gguf import export_gguf
 from koff_prune import models
 from koff_prune.gguf_check import check_gguf
 from koff_prune.models import (
@@ -153,6 +155,36 @@ def test_shards(tmp_path: Path) -> None:
     open_dense(ModelSection(source=str(folder)))
     shards[1].unlink()
     assert f"such as {shards[1].name}" in refused(folder)
+
+
+def gguf_of(folder: Path, config: PretrainedConfig) -> Path:
+    """The GGUF of a tiny model of `config`, as our own exporter writes it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    export_gguf(model, merging_tokenizer(), folder / "m.gguf", "f32")
+    return folder / "m.gguf"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"attention_bias": True, "mlp_bias": True}, ".bias"),
+        (
+            {"rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+            }},
+            "rope_freqs.weight",
+        ),
+    ],
+)  # fmt: skip
+def test_a_gguf_that_would_be_read_as_another_model_is_refused(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    sizes = {**SIZES, "vocab_size": 259}
+    open_dense(ModelSection(source=str(gguf_of(tmp_path, LlamaConfig(**sizes)))), cache=tmp_path / "cache")
+    told = refused(gguf_of(tmp_path, LlamaConfig(**{**sizes, **changes})))
+    assert says in told and "would be lost" in told
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:

@@ -174,6 +174,8 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
             or not (memory is None or isinstance(memory, str))
         ):
             raise KoffError(f'{args.batch}, line {number}: is not {{"prompt": "…", "memory": "…"}}')
+        if memory == AUTO:
+            raise KoffError(f"{args.batch}, line {number}: auto picks by one prompt: name a memory")
         rows.append({**row, "memory": None if memory == BARE else memory})
     answers = runtime.generate_batch(
         [row["prompt"] for row in rows], [row["memory"] for row in rows], args.max_new_tokens,
