@@ -142,9 +142,7 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
     if weights is not None:
         weights.check_head(config, _name(section))
     if isinstance(place, Path) and not _has_tokenizer(Path(tokens)):
-        raise KoffError(
-            f"model.source '{place}' holds no tokenizer.json: save the model's tokenizer there too"
-        )
+        raise KoffError(f"model.source '{place}' holds no tokenizer.json: save the model's tokenizer there")
     tokenizer = _load(AutoTokenizer, tokens, section, **options)
     dense = Dense(
         config=copy.deepcopy(config),

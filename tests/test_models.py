@@ -127,7 +127,7 @@ def test_truncated_weights(folder: Path) -> None:
 def test_incomplete_folders(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "a")
     (tmp_path / "a/tokenizer.json").unlink()
-    assert "holds no tokenizer.json: save the model's tokenizer there too" in refused(tmp_path / "a")
+    assert "holds no tokenizer.json: save the model's tokenizer there" in refused(tmp_path / "a")
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
