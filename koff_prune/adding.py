@@ -19,6 +19,28 @@ from koff_prune.memory import memory_of_folder
 from koff_prune.reading import load_recipe, read_yaml
 from koff_prune.recipe import Recipe
 
+# Keys of a recipe that are not a memory's: --set of these would do nothing, or another option's work.
+_NOT_A_MEMORYS = {
+    "cut": "the backbone of a bundle does not change",
+    "structure": "the backbone of a bundle does not change",
+    "compare": "nothing is compared",
+    "export": "the bundle keeps its formats",
+    "model.source": "the model is the bundle's",
+    "model.revision": "the model is the bundle's",
+    "model.config": "the model is the bundle's",
+    "learn.gates": "no mask is learned",
+    "learn.tokens": "how much is trained is said by --tokens",
+    "learn.settle_tokens": "how much is trained is said by --tokens",
+}
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    for item in overrides:
+        key = item.partition("=")[0].strip()
+        for refused, why in _NOT_A_MEMORYS.items():
+            if f"{key}.".startswith(f"{refused}."):
+                raise KoffError(f"--set {item}: {why}; leave it out")
+
 
 def recipe_of(
     bundle: Path, manifest: Manifest, name: str, data: Path, tokens: int, overrides: list[str] | None
@@ -38,6 +60,7 @@ def recipe_of(
     """
     if tokens < 1:
         raise KoffError(f"--tokens: {tokens} is not above 0; name the tokens to train on")
+    _check_overrides(overrides or [])
     in_yaml = data.suffix in (".yaml", ".yml")
     if in_yaml:
         domain = read_yaml(data)[0]
@@ -63,8 +86,6 @@ def recipe_of(
     except KoffError as error:  # lines and keys of a recipe that nobody wrote
         told = re.sub(r"(?m)^recipe .*?, line \d+: ", f"{data}: " if in_yaml else "", str(error))
         raise KoffError(told.replace(f"domains.{name}.", "") if in_yaml else told) from error
-    if recipe.cut.recover is not None:
-        raise KoffError("cut.recover: the backbone of a bundle does not change; leave it out")
     if not steps_of(tokens, recipe.learn, 1):
         step = recipe.learn.window * recipe.learn.batch
         raise KoffError(

@@ -120,6 +120,8 @@ def export(
 ) -> Path:
     """Backbone and memories to bundle/, or with one memory merged to bundle-<domain>/."""
     with _open(recipe, out, resume) as run:
+        if merge is not None and run.recipe.memory.kind == "none":
+            raise KoffError(f"--merge {merge}: the recipe has no memories (`memory`); leave --merge out")
         if merge is not None and merge not in run.recipe.domains:
             known = ", ".join(run.recipe.domains)
             raise KoffError(f"--merge {merge}: the recipe has no such domain; it has {known}")

@@ -352,7 +352,7 @@ def main() -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         what = (error.strerror or str(error)).lower()
-        _fail(f"{where}{what}; nothing was lost, mend it and use --resume")
+        _fail(f"{where}{what}; nothing was lost, mend it and try again (a run: with --resume)")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -269,6 +269,8 @@ def _find(section: ModelSection, cache: Path | None) -> Path | str:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.gguf)", source):
         filled = f"; {SEED} is filled in by `koff-prune compare --seed 0,1`" if SEED in source else ""
         raise KoffError(f"model.source '{source}': there is no such file or folder{filled}")
+    if path.parent != Path() and path.parent.is_dir():
+        say(f"model.source: there is no {source} here, so the hub is asked for it")
     return source
 
 

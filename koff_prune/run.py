@@ -338,13 +338,25 @@ def finished_run(folder: Path) -> Run:
         runs = sorted(folder.glob("seed-*/sparsity-*"))
         inside = runs[0] if runs else folder / "seed-S" / "sparsity-X"
         raise KoffError(f"{folder}: is a sweep; name one of its runs, such as {inside}")
-    for name in ("run.json", "plan.json", "memories"):
-        if not (folder / name).exists():
-            raise KoffError(
-                f"{folder}: holds no finished run ({name} is missing);"
-                f" make one with `koff-prune apply recipe.yaml --out {folder}`"
-            )
-    return Run(load_recipe(folder / "recipe.yaml", check_files=False), folder, resume=True)
+    needed = ("recipe.yaml", "run.json", "plan.json", "memories")
+    missing = [name for name in needed if not (folder / name).exists()]
+    if missing and missing != ["memories"]:
+        raise _unfinished(folder, missing[0])
+    recipe = load_recipe(folder / "recipe.yaml", check_files=False)
+    if recipe.memory.kind == "none":
+        raise KoffError(
+            f"{folder}: is a run without memories, and this is about them; give its recipe a `memory`"
+        )
+    if missing:
+        raise _unfinished(folder, missing[0])
+    return Run(recipe, folder, resume=True)
+
+
+def _unfinished(folder: Path, name: str) -> KoffError:
+    return KoffError(
+        f"{folder}: holds no finished run ({name} is missing);"
+        f" make one with `koff-prune apply recipe.yaml --out {folder}`"
+    )
 
 
 def _short(source: Any) -> str:

@@ -103,3 +103,15 @@ def test_what_is_no_finished_run_is_told(tmp_path: Path, capsys: pytest.CaptureF
     answer = koff_prune(capsys, "analyze", tmp_path)
     assert answer.code == 2
     assert "holds no finished run" in answer.err and answer.err.count("\n") == 1
+
+
+def test_a_run_without_memories_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is finished; it has nothing to swap and nothing to merge."""
+    out = tmp_path / "run"
+    recipe = recipe_of(tmp_path, memory={"lora": "none", "kv": "none"}, learn={"settle_tokens": 0})
+    merged = koff_prune(capsys, "export", recipe, "--out", out, "--merge", "law")
+    assert merged.code == 2 and "the recipe has no memories" in merged.err, merged.err
+    assert koff_prune(capsys, "cut", recipe, "--out", out, "--resume").code == 0
+    for command in ("analyze", "tasks"):
+        answer = koff_prune(capsys, command, out)
+        assert answer.code == 2 and "a run without memories" in answer.err, answer.err

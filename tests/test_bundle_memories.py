@@ -508,6 +508,18 @@ def test_a_mistake_of_add_is_told_by_its_options(
     assert not list(bundle.glob(".adding-*"))
 
 
+@pytest.mark.parametrize(
+    "item",
+    ["cut.recover={rank: 4}", "structure.sparsity=0.3", "learn.settle_tokens=9", "learn.gates.start=fisher"],
+)
+def test_add_refuses_what_is_not_a_memorys(
+    place: Path, bundle: Path, capsys: pytest.CaptureFixture[str], item: str
+) -> None:
+    """A key that would do nothing is not passed over in silence."""
+    answer = add(capsys, place, bundle, "--set", item)
+    assert answer.code == 2 and f"--set {item}: " in answer.err and answer.err.count("\n") == 1, answer.err
+
+
 def test_a_kill_while_a_memory_is_replaced_leaves_none_that_is_half_old(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
