@@ -120,7 +120,7 @@ def set_widths(config: PretrainedConfig, kept: Kept, units: Units) -> None:
     """Writes a plan's widths into the config: plain keys where uniform, else `per_layer_config`.
 
     `per_layer_config` is the form transformers >= 5.15 records; only layers that differ from the dense model
-    appear.
+    appear. Stock Llama refuses a number of heads that does not divide its hidden size: that form takes it.
     """
     widths = [
         {
@@ -131,7 +131,10 @@ def set_widths(config: PretrainedConfig, kept: Kept, units: Units) -> None:
         for layer, have in zip(kept, units.layers, strict=True)
     ]
     config.head_dim = units.layers[0].head_dim  # no longer hidden_size / heads
-    if all(w == widths[0] for w in widths):
+    config.per_layer_config = None  # an earlier cut's
+    config.__dict__.pop("allow_global_per_layer_attribute_access", None)
+    known = not units.divisor_heads or units.hidden_size % widths[0]["num_attention_heads"] == 0
+    if known and all(w == widths[0] for w in widths):
         for key, value in widths[0].items():
             setattr(config, key, value)
         return

@@ -5,6 +5,8 @@ transformers knows how to dequantise; what it passes over in silence is read her
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
 
 _READ = 3  # counts changes to what is read and refused: copies that were made before are made anew
 _TYPES = ("llama", "qwen2", "qwen3", "gemma3")  # as GGUF names architectures
+_PROJECTIONS = ("attn_q", "attn_k", "attn_v")
+_IN_A_BLOCK = {
+    *_PROJECTIONS, "attn_norm", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+}  # fmt: skip
+_MORE_IN_A_BLOCK = {
+    "qwen3": {"attn_q_norm", "attn_k_norm"},
+    "gemma3": {"attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm"},
+}
 # The rotation of Llama 3.1 and later, but for `factor`: what all of them have, and GGUF does not write down.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _DAMAGED = (
@@ -79,27 +89,63 @@ def gguf_config(path: Path) -> PretrainedConfig:
     Raises:
         KoffError: The file is no GGUF, is truncated, or holds a model that would not be read as it is.
     """
-    reader, architecture = _open(path)
+    reader, kind = _open(path)
+
+    def told(key: str) -> Any:
+        return _value(path, reader, f"{kind}.{key}")
+
+    def number(key: str) -> Any:
+        """Above 0, or None."""
+        value = told(key)
+        if value is None or (type(value) in (int, float) and math.isfinite(value) and value > 0):
+            return value
+        raise KoffError(f"{path} is a damaged GGUF file: {kind}.{key} is {value!r}; fetch it again")
+
+    if told("expert_count"):
+        raise KoffError(f"{path} holds a mixture of experts; supported are dense models")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if architecture in ("llama", "qwen3"):  # in qwen2 they are read
-        for name in sorted(tensors):
-            if name.endswith(".bias"):
-                raise _lost(path, name)
-    scaling = _value(path, reader, f"{architecture}.rope.scaling.type")
-    if scaling not in (None, "", "none"):
+    for name in sorted(tensors):
+        if not _is_read(name, kind, number("block_count") or 0):
+            raise _lost(path, name)
+    scaling, factors = told("rope.scaling.type"), [told("rope.scaling.factor"), told("rope.scale_linear")]
+    if scaling not in (None, "", "none") or (scaling != "none" and set(factors) - {None, 0.0, 1.0}):
         raise _lost(path, "a scaled rotation")
+    widths = {
+        number(key) for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    }
+    if len(widths - {None}) > 1:
+        raise _lost(path, "heads whose keys, values or rotation are not of one width")
+    number("rope.freq_base"), number("attention.layer_norm_rms_epsilon")
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever values that cannot be lead it to
         raise KoffError(f"model.source: {path} holds no configuration to read ({short(error)})") from error
     config = _clean(config)
-    # A head's width is 128 to transformers where this is not read.
-    width = _value(path, reader, f"{architecture}.attention.key_length")
-    if architecture == "qwen3" and isinstance(width, int):
-        config.head_dim = width
-    if factors := tensors.get("rope_freqs.weight"):
-        config.rope_parameters = _rotation(path, config, np.asarray(factors.data, dtype=np.float64).ravel())
+    width = number("attention.key_length")
+    if kind == "qwen3" and width:
+        config.head_dim = int(width)  # 128 where transformers is left to itself
+    if kind == "gemma3":
+        # As llama.cpp scales, which GGUF does not write down: by a head's width, but for the model of 27B.
+        shared = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = shared if config.num_hidden_layers == 62 else config.head_dim
+        config.final_logit_softcapping = number("final_logit_softcapping")
+    if rotation := tensors.get("rope_freqs.weight"):
+        config.rope_parameters = _rotation(path, config, np.asarray(rotation.data, dtype=np.float64).ravel())
     return config
+
+
+def _is_read(name: str, kind: str, blocks: int) -> bool:
+    """Whether transformers reads the tensor `name` of a model of `blocks` layers."""
+    if name in ("token_embd.weight", "output_norm.weight", "output.weight"):
+        return True
+    if name == "rope_freqs.weight":
+        return kind == "llama"
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if not found or int(found[1]) >= blocks:
+        return False
+    if found[3] == "bias":
+        return kind == "qwen2" and found[2] in _PROJECTIONS
+    return found[2] in _IN_A_BLOCK | _MORE_IN_A_BLOCK.get(kind, set())
 
 
 def _rotation(path: Path, config: PretrainedConfig, factors: np.ndarray) -> dict[str, Any]:

@@ -349,14 +349,14 @@ def score_units(
                 else:
                     value = importance.of_attention(layer.self_attn)
                 scores[kind].append(
-                    _by_parameter(method, value, units.layers[i].cost(kind))
+                    by_parameter(method, value, units.layers[i].cost(kind))
                     if len(structure.units) > 1
                     else value
                 )
     return scores
 
 
-def _by_parameter(method: str, value: torch.Tensor, cost: int) -> torch.Tensor:
+def by_parameter(method: str, value: torch.Tensor, cost: int) -> torch.Tensor:
     """Scores of units of unlike sizes made comparable: what is lost with a unit over its parameters."""
     if method == "random":  # every unit alike
         return value

@@ -12,6 +12,7 @@ a KV head (its issue 527); this one builds a graph per feed-forward block and ta
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,15 @@ from koff_export.errors import KoffError
 from koff_prune.compensate import removed
 from koff_prune.cut import set_widths
 from koff_prune.gates import Gates
-from koff_prune.plan import Kept, Scores, choose
+from koff_prune.plan import Kept, Scores, choose, removed_parameters
 from koff_prune.reading import load_recipe
-from koff_prune.recipe import Structure
+from koff_prune.recipe import BASELINES, Structure
 from koff_prune.run import load_tensors
-from koff_prune.scores import UnitImportance
+from koff_prune.scores import UnitImportance, by_parameter
 from koff_prune.units import KINDS, UnitKind, decoder_layers, ffn_group, prune_kv_groups, read_units
+
+_NEAR = 0.02  # of the prunable parameters: nearer to the ratio is as asked
+_OF_GRADIENTS = (tp.importance.GroupTaylorImportance, tp.importance.GroupHessianImportance)
 
 __all__ = ["GroupedQueryPruner", "KVGroup", "LearnedImportance", "UnitImportance", "read_units"]
 
@@ -123,6 +127,9 @@ class GroupedQueryPruner:
         pruning_ratio: Share of the named units' parameters to remove, in (0, 1).
         round_to: Feed-forward widths become multiples of this.
         units: ffn_neurons, kv_groups or both.
+
+    Raises:
+        KoffError: One of these cannot be, or the importance lacks what it needs.
     """
 
     def __init__(
@@ -135,11 +142,17 @@ class GroupedQueryPruner:
         round_to: int = 8,
         units: tuple[UnitKind, ...] = ("ffn_neurons",),
     ) -> None:
-        if not 0 < pruning_ratio < 1:
+        if not isinstance(pruning_ratio, int | float) or not 0 < pruning_ratio < 1:
             raise KoffError(f"pruning_ratio: {pruning_ratio} is out of range; choose one between 0 and 1")
         self.model, self.importance, self.global_pruning = model, importance, global_pruning
+        if not units or set(units) - set(KINDS):
+            raise KoffError(f"units: {units!r} are none; name some of {', '.join(KINDS)}")
+        if not isinstance(round_to, int) or not 1 <= round_to <= 1024:
+            raise KoffError(f"round_to: {round_to} is out of range; choose a number from 1 to 1024")
+        _check_importance(importance, units)
         self.units = read_units(model)
         prunable = sum(layer.count(kind) * layer.cost(kind) for layer in self.units.layers for kind in units)
+        self._asked, self._prunable = pruning_ratio, prunable
         sparsity = pruning_ratio * prunable / self.units.parameters
         self.structure = Structure(units=list(units), sparsity=sparsity, of="total", round_to=round_to)
         self._done = False
@@ -150,7 +163,8 @@ class GroupedQueryPruner:
         The model's config tells the new widths once the groups are through.
 
         Raises:
-            KoffError: The model has been pruned by this pruner already.
+            KoffError: The model has been pruned by this pruner already, the importance gives no usable
+                scores, or nothing can leave at this ratio.
         """
         if self._done:
             raise KoffError("pruner: has done its step; the scores are of the model before it")
@@ -166,28 +180,57 @@ class GroupedQueryPruner:
             self._scores(), self.units, self.structure, self.structure.sparsity,
             per_layer=not self.global_pruning,
         )  # fmt: skip
+        share = removed_parameters(kept, self.units) / self._prunable
+        if not share:
+            raise KoffError(
+                f"pruning_ratio: nothing can leave at {self._asked} with round_to"
+                f" {self.structure.round_to}; raise the one or lower the other"
+            )
+        if abs(share - self._asked) > _NEAR:
+            warnings.warn(f"pruning_ratio: {share:.3f} leave, asked was {self._asked}", stacklevel=3)
         try:
             for i, layer in enumerate(decoder_layers(self.model)):
+                learns = {name: p.requires_grad for name, p in layer.named_parameters()}
                 if neurons := removed(self.units, i, "ffn_neurons", kept[i]["ffn_neurons"]):
                     yield ffn_group(layer.mlp, neurons)
                     layer.mlp.intermediate_size = layer.mlp.gate_proj.out_features
                 if heads := removed(self.units, i, "kv_groups", kept[i]["kv_groups"]):
                     yield KVGroup(layer.self_attn, heads)
+                for name, parameter in layer.named_parameters():  # torch-pruning's new ones are all to learn
+                    parameter.requires_grad_(learns[name])
         finally:
             set_widths(self.model.config, self._widths(), self.units)
 
     def _scores(self) -> Scores:
         scores: Scores = {kind: [] for kind in KINDS}
-        for layer, have in zip(decoder_layers(self.model), self.units.layers, strict=True):
+        for i, (layer, have) in enumerate(zip(decoder_layers(self.model), self.units.layers, strict=True)):
             for kind in self.structure.units:
-                if kind == "ffn_neurons":
-                    value = self.importance(ffn_group(layer.mlp, range(have.ffn_neurons)))
-                else:
-                    value = self.importance.of_attention(layer.self_attn)  # type: ignore[attr-defined]
-                learned = isinstance(self.importance, LearnedImportance)  # its ranks are over all kinds
-                mixed = len(self.structure.units) > 1 and not learned
-                scores[kind].append(value / have.cost(kind) if mixed else value)
+                value = self._score(layer, kind, have.count(kind))
+                if (
+                    not isinstance(value, torch.Tensor)
+                    or value.shape != (have.count(kind),)
+                    or value.isnan().any()
+                ):
+                    raise KoffError(
+                        f"importance: {type(self.importance).__name__} gives layer {i} no {have.count(kind)}"
+                        f" scores of {kind}; one that reads gradients needs a backward pass first"
+                    )
+                scores[kind].append(self._comparable(value, have.cost(kind)))
         return scores
+
+    def _score(self, layer: Any, kind: UnitKind, count: int) -> Any:
+        if kind == "kv_groups":
+            return self.importance.of_attention(layer.self_attn)  # type: ignore[attr-defined]
+        if isinstance(self.importance, _OF_GRADIENTS) and layer.mlp.gate_proj.weight.grad is None:
+            return None
+        return self.importance(ffn_group(layer.mlp, range(count)))
+
+    def _comparable(self, value: torch.Tensor, cost: int) -> torch.Tensor:
+        """A unit's score beside those of units of another size."""
+        if len(self.structure.units) == 1 or isinstance(self.importance, LearnedImportance):
+            return value  # learned ranks are over all kinds
+        method = self.importance.method if isinstance(self.importance, UnitImportance) else ""
+        return by_parameter(method, value, cost)
 
     def _widths(self) -> Kept:
         """What the model has now; a group that the caller left alone is still there."""
@@ -198,3 +241,23 @@ class GroupedQueryPruner:
             }
             for layer in decoder_layers(self.model)
         ]
+
+
+def _check_importance(importance: Callable[..., torch.Tensor], units: tuple[UnitKind, ...]) -> None:
+    """Refuses an importance that cannot score `units`, before anything is pruned."""
+    name = type(importance).__name__
+    if "kv_groups" in units and not hasattr(importance, "of_attention"):
+        raise KoffError(f"units: {name} scores no kv_groups; leave units at ['ffn_neurons']")
+    if not isinstance(importance, UnitImportance) or importance.method in ("magnitude", "random"):
+        return
+    methods = (*BASELINES, "fisher_tokens", "curvature")
+    if importance.method not in methods:
+        raise KoffError(
+            f"importance: there is no method {importance.method!r}; name one of {', '.join(methods)}"
+        )
+    found = importance.statistics
+    for kind in units:
+        if found is None or (0, kind) not in found.second:
+            raise KoffError(
+                f"importance: {importance.method} needs statistics of {kind}; give what `collect` returns"
+            )

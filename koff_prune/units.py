@@ -50,6 +50,8 @@ def ffn_group(mlp: nn.Module, neurons: Sequence[int]) -> Any:
         KoffError: The block is not a gated feed-forward whose group is gate_proj, up_proj and down_proj.
     """
     gate, up, down = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    if any(hasattr(m, "base_layer") for m in (gate, up, down)):
+        raise KoffError("model: an adapter is wrapped around its layers; merge or unload it first")
     if not all(isinstance(m, nn.Linear) for m in (gate, up, down)):
         raise KoffError(
             f"model: {type(mlp).__name__} has no gate_proj, up_proj and down_proj; koff-prune knows the units"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from text_helpers import merging_tokenizer, save_tiny_model, tiny_tokenizer
@@ -205,6 +207,59 @@ def test_a_gguf_is_the_model_that_was_written(tmp_path: Path, config: Pretrained
     ids = torch.arange(60).reshape(1, -1) * 3
     torch.testing.assert_close(read(ids).logits, written(ids).logits, atol=1e-4, rtol=1e-4)
     assert read.config.rope_parameters == written.config.rope_parameters
+
+
+def rewritten(path: Path, target: Path, values: dict[str, Any], more: dict[str, np.ndarray]) -> Path:
+    """A copy of a GGUF file with other values, and more tensors."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    reader = GGUFReader(path)
+    architecture = str(reader.get_field("general.architecture").contents())
+    writer = GGUFWriter(target, architecture)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", *values):
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    for name, value in values.items():
+        writer.add_key_value(name, value, GGUFValueType.get_type(value))
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    for name, data in more.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "says"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, (), "scaled rotation"),
+        ({"llama.rope.scale_linear": 4.0}, (), "scaled rotation"),
+        ({"llama.expert_count": 4}, (), "mixture of experts"),
+        ({"llama.block_count": 1}, (), "blk.1."),
+        ({}, ("blk.0.attn_q_norm.weight",), "blk.0.attn_q_norm.weight"),
+        ({"llama.attention.key_length": 16}, (), "not of one width"),
+        ({"llama.attention.key_length": "8"}, (), "key_length is '8'"),
+        ({"llama.attention.key_length": True}, (), "key_length is True"),
+        ({"llama.rope.freq_base": 0.0}, (), "freq_base is 0.0"),
+        ({"llama.rope.freq_base": float("nan")}, (), "freq_base is nan"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, (), "epsilon is nan"),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, (), None),
+    ],
+)
+def test_what_a_gguf_says_and_nobody_reads_is_refused(
+    tmp_path: Path, values: dict[str, Any], more: tuple[str, ...], says: str | None
+) -> None:
+    """Not passed over, whatever it is."""
+    plain = gguf_of(tmp_path, LlamaConfig(**{**SIZES, "vocab_size": 259}))
+    path = rewritten(plain, tmp_path / "o.gguf", values, {n: np.ones(8, dtype=np.float32) for n in more})
+    if says is None:
+        gguf_config(path)
+        return
+    with pytest.raises(KoffError, match=re.escape(says)):
+        gguf_config(path)
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch_pruning as tp
-from model_helpers import SHAPES, tiny_shape, token_ids
+from model_helpers import SHAPES, tiny_config, tiny_shape, token_ids
 from run_helpers import koff_prune, recipe_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from koff_export.errors import KoffError
 from koff_prune.cut import load_backbone, save_backbone
 from koff_prune.gates import GateHooks
-from koff_prune.plan import Plan
-from koff_prune.scores import collect
+from koff_prune.plan import Plan, choose
+from koff_prune.recipe import Structure
+from koff_prune.scores import collect, score_units
 from koff_prune.torch_pruning import GroupedQueryPruner, KVGroup, LearnedImportance, UnitImportance
-from koff_prune.units import KINDS, read_units
+from koff_prune.units import KINDS, UnitKind, read_units
 
 
 def masked_logits(
@@ -134,3 +137,85 @@ def test_gates_of_another_model_are_refused(tmp_path: Path, capsys: pytest.Captu
     assert koff_prune(capsys, "learn", recipe_of(tmp_path), "--out", out).code == 0
     with pytest.raises(KoffError, match="units; give the dense model"):
         LearnedImportance(out, tiny_shape("qwen3"))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_both_kinds_are_ranked_as_compare_ranks_them(method: str) -> None:
+    """A norm and a draw are not sums over a unit's parameters."""
+    model, units = tiny_shape("llama"), read_units(tiny_shape("llama"))
+    structure = Structure(units=list(KINDS), sparsity=0.2, of="blocks", round_to=1)
+    kept = choose(score_units(method, model, units, structure, None), units, structure, 0.2)
+    prunable = sum(x.count(kind) * x.cost(kind) for x in units.layers for kind in KINDS)
+    ratio = 0.2 * units.denominator("blocks") / prunable
+    GroupedQueryPruner(
+        model, None, UnitImportance(method, model, units), pruning_ratio=ratio, round_to=1, units=KINDS
+    ).step()
+    for kind in KINDS:
+        assert [x.count(kind) for x in read_units(model).layers] == [len(layer[kind]) for layer in kept]
+
+
+def test_a_second_pruner_tells_the_widths_that_it_left(tmp_path: Path) -> None:
+    """Widths by layer of an earlier step do not outlive it."""
+    model = tiny_shape("llama").requires_grad_(False)
+    for ratio, round_to in ((0.2, 4), (0.6, 16)):
+        importance = UnitImportance("magnitude", model, read_units(model))
+        GroupedQueryPruner(model, None, importance, pruning_ratio=ratio, round_to=round_to).step()
+    assert len({x.ffn_neurons for x in read_units(model).layers}) == 1
+    assert not any(p.requires_grad for p in model.parameters())
+    save_backbone(model, tmp_path)
+    ids = token_ids(1, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(load_backbone(tmp_path)(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_saved(tmp_path: Path) -> None:
+    """Stock Llama refuses 3 heads of 8 channels for 32, as one width for all layers."""
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", num_key_value_heads=4))
+    importance = UnitImportance("magnitude", model, read_units(model))
+    units: tuple[UnitKind, ...] = ("kv_groups",)
+    pruner = GroupedQueryPruner(model, None, importance, False, pruning_ratio=0.25, units=units)
+    pruner.step()
+    assert {x.kv_groups for x in read_units(model).layers} == {3}
+    save_backbone(model, tmp_path)
+    ids = token_ids(1, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(load_backbone(tmp_path)(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+class Broken(tp.importance.Importance):
+    """Gives what it is told to, whatever the group."""
+
+    def __init__(self, value: torch.Tensor | None) -> None:
+        self.value = value
+
+    def __call__(self, group: Any, **kwargs: Any) -> torch.Tensor | None:
+        return self.value
+
+
+def test_mistakes_in_a_script_are_told() -> None:
+    """One sentence each, before anything leaves the model."""
+    model = tiny_shape("llama")
+    units = read_units(model)
+    whole = units.parameters
+    count = units.layers[0].ffn_neurons
+    magnitude = UnitImportance("magnitude", model, units)
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (magnitude, {"pruning_ratio": "0.2"}, "pruning_ratio: 0.2"),
+        (magnitude, {"round_to": 0}, "round_to: 0"),
+        (magnitude, {"units": ()}, "units: "),
+        (magnitude, {"units": "ffn_neurons"}, "units: "),
+        (magnitude, {"pruning_ratio": 1e-9}, "nothing can leave"),
+        (tp.importance.MagnitudeImportance(), {"units": KINDS}, "scores no kv_groups"),
+        (tp.importance.TaylorImportance(), {}, "needs a backward pass first"),
+        (Broken(torch.full((count,), torch.nan)), {}, "Broken gives layer 0 no"),
+        (Broken(torch.ones(count - 8)), {}, "Broken gives layer 0 no"),
+        (Broken(None), {}, "Broken gives layer 0 no"),
+        (UnitImportance("wanda", model, units), {}, "wanda needs statistics of ffn_neurons"),
+        (UnitImportance("foo", model, units), {}, "no method 'foo'"),
+    ]
+    for importance, more, says in cases:
+        with pytest.raises(KoffError, match=re.escape(says)):
+            GroupedQueryPruner(model, None, importance, **{"pruning_ratio": 0.2, **more}).step()
+    with pytest.warns(UserWarning, match="asked was 0.9"):
+        GroupedQueryPruner(model, None, magnitude, pruning_ratio=0.9, units=("kv_groups",)).step()
+    assert sum(p.numel() for p in model.parameters()) < whole

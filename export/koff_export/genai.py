@@ -27,6 +27,7 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
     if len(set(graph["kv_heads"])) > 1:
         return False
     config = read_json(folder / "config.json")
+    queries = config["num_attention_heads"] // config["num_key_value_heads"]  # that share a KV head
     paths = graph.get("fused") or graph["precisions"]
     precision = next(name for name in _PREFERRED if name in paths)
     eos = manifest["eos"] or [0]
@@ -48,7 +49,7 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
                 "filename": paths[precision],
                 "head_size": graph["head_dim"],
                 "hidden_size": config["hidden_size"],
-                "num_attention_heads": config["num_attention_heads"],
+                "num_attention_heads": graph["kv_heads"][0] * queries,
                 "num_key_value_heads": graph["kv_heads"][0],
                 "num_hidden_layers": graph["layers"],
                 "inputs": {
