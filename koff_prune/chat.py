@@ -34,7 +34,8 @@ def chat_of(messages: Any) -> Chat | None:
         raise ValueError('messages must be a list of {"role": "…", "content": "…"}')
     # whole, for templates know more than the two: an assistant that calls a tool says nothing else
     turns = [{k: v for k, v in m.items() if v is not None} | {"content": _content(m)} for m in messages]
-    if not any(turn["role"] == "assistant" for turn in turns[1:]):  # a greeting answers nothing
+    answers = [turn for turn in turns[1:] if turn["role"] == "assistant"]  # a greeting answers nothing
+    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in answers):
         return None
     # halves of characters, which JSON can spell, are no text that a tokenizer takes
     whole = json.dumps(turns, ensure_ascii=False, default=str).encode("utf-8", "replace")

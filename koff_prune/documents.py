@@ -20,7 +20,7 @@ from koff_prune.packages import fetch_files
 from koff_prune.progress import say
 from koff_prune.recipe import TextSource
 from koff_prune.records import Record, first_line, kind_of, records, rows
-from koff_prune.templates import lookup, render
+from koff_prune.templates import lookup, named_by, render
 
 _PIECE, _LONG_PIECE = 2_000, 8_000  # characters; see `_pieces`
 _STDLIB_BYTES = (500, 400_000)
@@ -64,7 +64,7 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
                 continue
             try:
                 text = render(source.text, record)
-                key = render(key_template, record) if key_template else ""
+                key = named_by(key_template, record) if key_template else ""
             except ValueError as error:
                 raise KoffError(f"{describe(source)}: {error}") from error
             text = (remove.sub("", text) if remove else text).strip()
@@ -83,7 +83,10 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
         lost = f"{empty} of {read} records give no text"
         say(f'{describe(source)}: {lost} under `text: "{source.text}"`, and are left out')
     if source.messages and not found:
-        raise KoffError(f"{describe(source)}: no record has an assistant's turn in `{source.messages}`")
+        raise KoffError(
+            f"{describe(source)}: no record has an assistant's turn that answers something in"
+            f" `{source.messages}`"
+        )
     if fields and not found:
         where = f" and `where: {source.where}`" if source.where else ""
         raise KoffError(
@@ -97,7 +100,7 @@ def _chat(source: TextSource, record: Record, key: str | None) -> tuple[str, Cha
     assert source.messages is not None
     try:
         chat = chat_of(lookup(record, source.messages))
-        return None if chat is None else (render(key, record) if key else str(chat), chat)
+        return None if chat is None else ((named_by(key, record) if key else "") or str(chat), chat)
     except ValueError as error:
         raise KoffError(
             f"{describe(source)}: under `messages: {source.messages}`: {error};"
@@ -213,7 +216,8 @@ def _pieces(name: str, path: Path) -> Iterator[Record]:
         if size >= _LONG_PIECE or (size >= _PIECE and not line.strip()):
             yield {"key": f"{name}#{number}", "text": "".join(piece)}
             piece, size, number = [], 0, number + 1
-    yield {"key": f"{name}#{number}", "text": "".join(piece)}
+    if piece:
+        yield {"key": f"{name}#{number}", "text": "".join(piece)}
 
 
 def _hub(source: TextSource) -> Iterator[Record]:

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors
 from koff_prune import ranks
+from koff_prune.checkpoints import newest_checkpoint, seal, whole_checkpoints
 from koff_prune.compensate import Compensation
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.interrupt import Interruption
@@ -33,7 +34,6 @@ from koff_prune.sharding import shard
 from koff_prune.windows import DomainWindows
 
 STATE = "state.safetensors"
-COMPLETE = "complete"  # the marker inside a whole checkpoint
 LATE = 0.1  # share of the learning rate that is left at the end
 
 
@@ -181,7 +181,7 @@ class LearnTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 aside, self._aside = self._aside, None
-            (aside / name / COMPLETE).touch()
+            seal(aside / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             (aside / name).rename(folder / name)
             shutil.rmtree(aside, ignore_errors=True)
@@ -197,12 +197,6 @@ class LearnTrainer(Trainer):
         path = Path(resume_from_checkpoint) / STATE
         check_safetensors(path)
         self.learner.restore(load_file(path))
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first; what a kill left half-written is not among them."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).exists()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def steps_of(tokens: int, learn: Learn, batches: int) -> int:
@@ -344,10 +338,10 @@ def train(
     memories.activate(None)
     learner.train()
     with ranks.turn():
-        done = whole_checkpoints(folder)
+        newest = newest_checkpoint(folder)
     try:
         with interruption, ranks.training():
-            trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
             asked = ranks.any_of(interruption.asked)  # after the last step too, so that nothing more begins
         if asked:
             raise KeyboardInterrupt  # what is done is saved

@@ -100,6 +100,20 @@ class Plan:
             )
         return plan
 
+    def check_made_for(self, path: Path, structure: Structure, model: dict[str, Any], method: str) -> None:
+        """Raises KoffError where the plan is another recipe's, or another model's."""
+        asked = {
+            "target": structure.sparsity, "of": structure.of, "widths": structure.widths,
+            "round_to": structure.round_to, "method": method,
+        }  # fmt: skip
+        made = {**{key: getattr(self, key) for key in asked}, "model": self.model.get("config_sha256")}
+        for key, value in {**asked, "model": model["config_sha256"]}.items():
+            if made[key] != value:
+                raise KoffError(
+                    f"{path}: is another run's plan ({key} is {made[key]!r}, here {value!r}); put this run's"
+                    " back, or remove it and --resume makes it again"
+                )
+
     def check_fits(self, units: Units) -> None:
         """Raises KoffError where the plan names units that the model does not have."""
         if len(self.layers) != len(units.layers):

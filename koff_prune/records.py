@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import lzma
 import sqlite3
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -72,7 +74,7 @@ def _json(path: Path, kind: str) -> Iterator[Record]:
         ) from error
     except RecursionError as error:
         raise KoffError(f"{path} cannot be read as json: record {number} nests too deeply") from error
-    except (OSError, EOFError, ValueError) as error:  # a damaged archive
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:  # a damaged archive
         raise KoffError(f"{path} cannot be read as json: {first_line(error)}") from error
 
 
@@ -110,7 +112,7 @@ def _csv(path: Path, kind: str) -> Iterator[Record]:
                 yield row
     except UnicodeDecodeError as error:
         raise KoffError(f"{path} is not UTF-8 text; convert it") from error
-    except (csv.Error, OSError, EOFError, ValueError) as error:
+    except (csv.Error, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise KoffError(
             f"{path} cannot be read as {kind}: after record {number}, {first_line(error)}"
         ) from error
@@ -120,10 +122,13 @@ def _csv(path: Path, kind: str) -> Iterator[Record]:
 
 def _table(path: Path, kind: str) -> Iterator[Record]:
     from datasets import load_dataset
+    from pyarrow.parquet import read_metadata
 
     if "::" in str(path):
         raise KoffError(f"{path}: `::` in a path means something else to what reads it; rename it")
     try:
+        if kind == "parquet" and not read_metadata(path).num_rows:
+            return
         yield from load_dataset(kind, data_files=[glob.escape(str(path))], split="train", streaming=True)
     except Exception as error:  # datasets raises what its readers do: pyarrow's errors
         raise KoffError(f"{path} cannot be read as {kind}: {first_line(error)}") from error
@@ -137,12 +142,13 @@ def rows(path: Path, query: str | None) -> Iterator[Record]:
     """
     if query is None:
         raise KoffError(f"{path} is a SQLite file: set `query` to SQL that yields (key, text) rows")
-    log = path.with_name(f"{path.name}-wal")
-    if log.exists() and log.stat().st_size:
-        raise KoffError(
-            f"{path}: {log.name} beside it holds changes that are not in it yet; close what writes it, or run"
-            " `PRAGMA wal_checkpoint`"
-        )
+    for ending, mend in (("wal", "run `PRAGMA wal_checkpoint`"), ("journal", "open it once with sqlite3")):
+        log = path.with_name(f"{path.name}-{ending}")
+        if log.exists() and log.stat().st_size:
+            raise KoffError(
+                f"{path}: {log.name} beside it holds changes that are not settled yet; close what writes"
+                f" it, or {mend}"
+            )
     try:
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
         try:

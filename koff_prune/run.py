@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,15 @@ import yaml
 from filelock import FileLock, Timeout
 
 from koff_export.errors import KoffError
-from koff_export.files import disk_errors, read_json, recover, recover_below, write_json, write_text
+from koff_export.files import (
+    disk_errors,
+    fsync_path,
+    read_json,
+    recover,
+    recover_below,
+    write_json,
+    write_text,
+)
 from koff_prune import ranks
 from koff_prune.architecture import native_dtype
 from koff_prune.chat import tokens
@@ -70,6 +78,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     with disk_errors(path):
         try:
             save_file({k: v.contiguous() for k, v in tensors.items()}, aside)
+            fsync_path(aside)
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
@@ -81,7 +90,10 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
     from koff_export.files import check_safetensors
 
-    check_safetensors(path)
+    try:
+        check_safetensors(path)
+    except KoffError as error:
+        raise KoffError(f"{path}: is missing or damaged; remove it, and --resume makes it again") from error
     return load_file(path)
 
 
@@ -132,6 +144,8 @@ class Run:
         recover(stamp)
         if stamp.exists():
             seen = read_json(stamp)
+            if not isinstance(seen, dict) or seen.get("format") != 1 or "versions" not in seen:
+                raise KoffError(f"{stamp}: is damaged, or of a later version; choose another --out")
             known = seen.get("recipe") == self.digest
             moved = not known and is_moved(self.recipe, seen.get("recipe"), seen.get("paths"))
             if not (moved or (known and resume)) and self._barely_begun():
@@ -280,13 +294,28 @@ class Run:
             result[name] = load_blocks(path)
         for name, blocks in result.items():
             lines = folder / f"{name}.heldout.jsonl"
-            if not lines.exists():  # the very windows of the report, for `koff-run --score`
-                text = "".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist())
+            # the very windows of the report, for `koff-run --score`
+            text = "".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist())
+            if not lines.exists() or lines.stat().st_size != len(text):
                 write_text(lines, text)
+        self._check_texts({name: blocks.digest for name, blocks in result.items()})
         if fresh:
             for sentence in sentences(shared_text(result)):
                 say(sentence)
         return result
+
+    def _check_texts(self, digests: dict[str, str]) -> None:
+        """Notes in run.json which texts the run is of; refuses others that took their place."""
+        told = read_json(self.folder / "run.json")
+        known = told.get("texts", {})
+        for name, digest in digests.items():
+            if known.get(name, digest) != digest:
+                raise KoffError(
+                    f"domains.{name}.source: the text has changed since the run in {self.folder} began;"
+                    " choose another --out"
+                )
+        if known != digests and not ranks.rank():
+            write_json(self.folder / "run.json", {**told, "texts": digests})
 
     @property
     def statistics(self) -> Statistics:
@@ -316,14 +345,22 @@ class Run:
             yield
             return
         begun = time.monotonic()
-        try:
-            yield
-        finally:
+
+        def add() -> None:
             path = (folder or self.folder) / "times.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             times = read_json(path) if path.exists() else {}
-            times[stage] = round(times.get(stage, 0.0) + time.monotonic() - begun, 1)
-            write_json(path, times)
+            if not isinstance(times, dict) or not all(isinstance(t, int | float) for t in times.values()):
+                times = {}
+            write_json(path, {**times, stage: round(times.get(stage, 0.0) + time.monotonic() - begun, 1)})
+
+        try:
+            yield
+        except BaseException:
+            with suppress(KoffError):  # a full disk: what did not fit is told, and not this
+                add()
+            raise
+        add()
 
 
 def finished_run(folder: Path) -> Run:

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from koff_export.errors import KoffError
 from koff_export.files import read_json, staged_dir, write_json
 from koff_prune import ranks
 from koff_prune.arms import Arm
 from koff_prune.chat import tokens
+from koff_prune.checkpoints import newest_checkpoint, step_of
 from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, cut_on_disk, load_backbone, save_backbone, slice_memory
 from koff_prune.device import on_device
 from koff_prune.domains import learned_tokens
 from koff_prune.evaluate import mean_nats, window_losses
 from koff_prune.gates import RE_ESTIMATED, Gates
-from koff_prune.learn import Phase, spends, steps_of, steps_of_both, train, whole_checkpoints
+from koff_prune.learn import Phase, spends, steps_of, steps_of_both, train
 from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.pages import finite, infinite
 from koff_prune.plan import Plan, Scores, make_plan
@@ -92,6 +94,8 @@ def better_ranking(run: Run, method: str, compensate: str) -> str:
                     )
             write_json(path, finite(losses))
         found: dict[str, float] = infinite(read_json(path))
+    if set(found) != {"global", "per_layer"}:
+        raise KoffError(f"{path}: is damaged; remove it, and --resume makes it again")
     return min(found, key=found.__getitem__)
 
 
@@ -229,6 +233,7 @@ def plan_arm(run: Run, arm: Arm, folder: Path) -> Plan:
             )
             plan.save(path)
         plan = Plan.load(path)
+    plan.check_made_for(path, run.recipe.structure, run.model_identity, arm.method)
     plan.check_fits(run.units)
     return plan
 
@@ -332,8 +337,9 @@ def train_logged(
     step_tokens = learn.window * learn.batch * batches
     log_path = place / "log.json"
     log: list[dict[str, Any]] = read_json(log_path) if log_path.exists() else []
-    done = whole_checkpoints(place)
-    begun = int(done[-1].name.rpartition("-")[2]) if done else 0
+    with ranks.turn():
+        newest = newest_checkpoint(place)
+    begun = step_of(newest) if newest else 0
     log = [entry for entry in log if entry["step"] <= begun]
     structure = run.recipe.structure
     with bar(label, steps * step_tokens) as progress, run.timed(label, folder):
@@ -380,4 +386,7 @@ def losses_of(
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(path, finite(result))
     found: dict[str, list[float]] = infinite(read_json(path))
+    counts = {name: len(blocks.heldout) for name, blocks in run.domains.items()}
+    if {name: len(values) for name, values in found.items()} != counts:
+        raise KoffError(f"{path}: is damaged; remove it, and --resume makes it again")
     return found

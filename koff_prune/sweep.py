@@ -94,6 +94,11 @@ def points(
     if tokens and not recipe.learn.tokens + recipe.learn.settle_tokens:
         raise KoffError("--tokens: is divided as learn.tokens and learn.settle_tokens are; both are 0")
     budgets: Sequence[int | None] = tokens or [None]
+    if len({f"{value:g}" for value in sparsities}) != len(sparsities):
+        raise KoffError(
+            f"--sparsity: {', '.join(map(str, sparsities))} are too near to one another; name what six digits"
+            " tell apart"
+        )
     return [
         Point(seed, sparsity, budget)
         for seed in (seeds or [recipe.seed])
@@ -154,6 +159,8 @@ def _enter(recipe: Recipe, out: Path, resume: bool) -> None:
     stamp = out / "sweep-of.json"
     if stamp.exists():
         seen = read_json(stamp)
+        if not isinstance(seen, dict):
+            raise KoffError(f"{stamp}: is damaged; choose another --out")
         same = seen.get("recipe") == recipe.digest()
         if not same and not is_moved(recipe, seen.get("recipe"), seen.get("paths")):
             raise KoffError(f"{out}: holds a sweep of another recipe; choose another --out")
@@ -191,7 +198,7 @@ def _compare_at(
     def there() -> tuple[list[Row], list[str]] | None:
         """The rows, if they are those that the recipe asks for by now."""
         found = read_json(finished) if finished.exists() else None
-        if not isinstance(found, dict) or found.get("compare") != asked:
+        if not isinstance(found, dict) or found.get("compare") != asked or found.get("point") != vars(point):
             return None
         for row in found["rows"]:
             row.update({key: infinite(row[key]) for key in ("perplexity", "nll")})
@@ -211,7 +218,10 @@ def _compare_at(
         with ranks.turn():
             if there() is None:
                 warnings = read_json(folder / "report.json")["warnings"]
-                write_json(finished, finite({"compare": asked, "rows": rows, "warnings": warnings}))
+                write_json(
+                    finished,
+                    finite({"point": vars(point), "compare": asked, "rows": rows, "warnings": warnings}),
+                )
     found = there()
     assert found is not None
     return found

@@ -36,6 +36,17 @@ def render(template: str, record: Mapping[str, Any]) -> str:
     return "".join(out)
 
 
+def named_by(template: str, record: Mapping[str, Any]) -> str:
+    """A template as a record's name: nothing where none of its fields gives anything.
+
+    Raises:
+        ValueError: As for `render`.
+    """
+    fields = [part for part in parse(template) if part[1]]
+    given = any(render(f"{{{path}{'|literal' if literal else ''}}}", record) for _, path, literal in fields)
+    return render(template, record) if given or not fields else ""
+
+
 @functools.lru_cache(maxsize=256)
 def parse(template: str) -> tuple[tuple[str, str, bool], ...]:
     """The parts of a template: (plain text, "", False) or ("", path, whether it is a literal).

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from koff_export.errors import KoffError
 from koff_prune import interrupt, learner
+from koff_prune.checkpoints import whole_checkpoints
 from koff_prune.compensate import Compensation
 from koff_prune.gates import Gates
-from koff_prune.learn import DomainWindows, LearnTrainer, Phase, steps_of, train, whole_checkpoints
+from koff_prune.learn import DomainWindows, LearnTrainer, Phase, steps_of, train
 from koff_prune.learner import Learner
 from koff_prune.memory import Memories
 from koff_prune.recipe import Learn, Structure

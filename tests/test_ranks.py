@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from koff_export.files import read_json
 from koff_prune import ranks
-from koff_prune.learn import whole_checkpoints
+from koff_prune.checkpoints import whole_checkpoints
 from koff_prune.reading import load_recipe
 
 # What every process does: the command, its gradients written down as they are after the first step's sharing.

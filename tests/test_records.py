@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from model_helpers import tiny_config
 from run_helpers import koff_prune, recipe_of
@@ -94,6 +99,56 @@ def test_changes_beside_a_database_are_not_overlooked(tmp_path: Path) -> None:
         read(tmp_path / "a.db", query="select k, v from t")
     base.close()
     assert read(tmp_path / "a.db", query="select 1, 'text'") == [("1", "text")]
+
+
+def test_what_a_database_has_not_settled_is_not_read(tmp_path: Path) -> None:
+    """Rows of a transaction that was never committed lie in the file until its journal is played back."""
+    code = (
+        "import os, sqlite3, sys\n"
+        "base = sqlite3.connect(sys.argv[1])\n"
+        "base.execute('create table t (k, v)')\n"
+        "base.executemany('insert into t values (?, ?)', [(n, 'old' * 200) for n in range(500)])\n"
+        "base.commit()\n"
+        "base.execute('pragma cache_size=2')\n"
+        "base.execute('update t set v = ?', ('new' * 200,))\n"
+        "os._exit(0)\n"
+    )
+    path = tmp_path / "a.db"
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    with pytest.raises(KoffError, match="a.db-journal beside it"):
+        read(path, query="select k, v from t")
+    base = sqlite3.connect(path)
+    base.execute("select count(*) from t").fetchall()
+    base.close()
+    assert {text for _, text in read(path, query="select k, v from t")} == {"old" * 200}
+
+
+@pytest.mark.parametrize("ending", ["gz", "xz"])
+def test_an_archive_with_a_wrong_byte_is_told(tmp_path: Path, ending: str) -> None:
+    packed = {"gz": gzip.compress, "xz": lzma.compress}[ending](
+        "".join(f'{{"text": "{n * 7919 % 1000}"}}\n' for n in range(5000)).encode()
+    )
+    damaged = bytearray(packed)
+    for place in range(len(packed) // 2, len(packed) // 2 + 40):
+        damaged[place] ^= 0xFF
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(KoffError, match="cannot be read as json"):
+        read(path)
+
+
+def test_a_table_without_rows_is_no_mistake(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["one"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "b.parquet")
+    assert [text for _, text in read(tmp_path)] == ["one"]
+
+
+def test_records_that_a_key_cannot_name_are_documents_of_their_own(tmp_path: Path) -> None:
+    lines = [{"text": f"t{n}", **({"repo": "r", "path": str(n)} if n % 2 else {})} for n in range(6)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = dict(read(tmp_path / "a.jsonl", key="{repo}/{path}"))
+    assert found == {"r/1": "t1", "r/3": "t3", "r/5": "t5", "t0": "t0", "t2": "t2", "t4": "t4"}
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
