@@ -7,7 +7,9 @@ import sys
 
 from koff_export import Runtime
 
-bundle, prompt = sys.argv[1:3]
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
+bundle, prompt = sys.argv[1:]
 runtime = Runtime.open(bundle)
 for memory in [None, *runtime.memories]:
     text = "".join(runtime.generate(prompt, memory=memory, max_new_tokens=16))

@@ -12,7 +12,9 @@ from transformers import AutoTokenizer
 
 from koff_prune import load_bundle
 
-bundle, memory, prompt = sys.argv[1:4]
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
+bundle, memory, prompt = sys.argv[1:]
 model = load_bundle(bundle, memory=None if memory == "none" else memory)
 tokenizer = AutoTokenizer.from_pretrained(bundle)
 bos = json.loads((Path(bundle) / "koff.json").read_text())[

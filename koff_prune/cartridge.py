@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from koff_export.bundle import check_file, open_manifest
 from koff_export.errors import KoffError
-from koff_export.files import staged_dir
+from koff_export.files import read_json, staged_dir
 from koff_prune.bundle_memories import inspect_memory
 from koff_prune.memory import MEMORY_FILES, KvMemory, load_memory
 
@@ -31,7 +31,8 @@ def write_cartridge(bundle: Path, name: str, target: Path) -> bool:
         Whether the memory has a LoRA too, which is not in there.
 
     Raises:
-        KoffError: No such memory, no cache in it, layers of differing KV width, or a target that is there.
+        KoffError: No such memory, no cache in it, layers of differing KV width or of sliding attention, or a
+            target that is there.
     """
     files = inspect_memory(bundle, name)["files"]
     if target.exists():
@@ -51,6 +52,11 @@ def write_cartridge(bundle: Path, name: str, target: Path) -> bool:
         raise KoffError(
             f"memory {name}: its layers have {heads[0]} to {heads[-1]} KV heads, and a Cartridge has one"
             " width; keep units at [ffn_neurons], or widths uniform"
+        )
+    if "sliding_attention" in (read_json(bundle / "config.json").get("layer_types") or []):
+        raise KoffError(
+            f"memory {name}: some layers look back through a sliding window, and with a Cartridge in front"
+            " transformers gives them another one; open it with koff_prune.load_bundle"
         )
     cache = [(key.detach()[None], value.detach()[None]) for key, value in layers]
     config = CartridgeConfig(
