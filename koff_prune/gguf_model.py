@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 _READ = 3  # counts changes to what is read and refused: copies that were made before are made anew
 _TYPES = ("llama", "qwen2", "qwen3", "gemma3")  # as GGUF names architectures
+_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")  # of a head
+_SIZES = (
+    *_WIDTHS,
+    "block_count",
+    "rope.freq_base",
+    "attention.layer_norm_rms_epsilon",
+    "final_logit_softcapping",
+)
 _PROJECTIONS = ("attn_q", "attn_k", "attn_v")
 _IN_A_BLOCK = {
     *_PROJECTIONS, "attn_norm", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
@@ -94,41 +102,34 @@ def gguf_config(path: Path) -> PretrainedConfig:
     def told(key: str) -> Any:
         return _value(path, reader, f"{kind}.{key}")
 
-    def number(key: str) -> Any:
-        """Above 0, or None."""
-        value = told(key)
-        if value is None or (type(value) in (int, float) and math.isfinite(value) and value > 0):
-            return value
-        raise KoffError(f"{path} is a damaged GGUF file: {kind}.{key} is {value!r}; fetch it again")
-
+    sizes = {key: told(key) for key in _SIZES}
+    for key, value in sizes.items():
+        whole = type(value) in (int, float) and math.isfinite(value) and value > 0
+        if value is not None and not whole:
+            raise KoffError(f"{path} is a damaged GGUF file: {kind}.{key} is {value!r}; fetch it again")
     if told("expert_count"):
         raise KoffError(f"{path} holds a mixture of experts; supported are dense models")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name in sorted(tensors):
-        if not _is_read(name, kind, number("block_count") or 0):
+        if not _is_read(name, kind, sizes["block_count"] or 0):
             raise _lost(path, name)
     scaling, factors = told("rope.scaling.type"), [told("rope.scaling.factor"), told("rope.scale_linear")]
     if scaling not in (None, "", "none") or (scaling != "none" and set(factors) - {None, 0.0, 1.0}):
         raise _lost(path, "a scaled rotation")
-    widths = {
-        number(key) for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")
-    }
-    if len(widths - {None}) > 1:
+    if len({sizes[key] for key in _WIDTHS} - {None}) > 1:
         raise _lost(path, "heads whose keys, values or rotation are not of one width")
-    number("rope.freq_base"), number("attention.layer_norm_rms_epsilon")
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever values that cannot be lead it to
         raise KoffError(f"model.source: {path} holds no configuration to read ({short(error)})") from error
     config = _clean(config)
-    width = number("attention.key_length")
-    if kind == "qwen3" and width:
-        config.head_dim = int(width)  # 128 where transformers is left to itself
+    if kind == "qwen3" and (width := sizes["attention.key_length"]):
+        config.head_dim = width  # 128 where transformers is left to itself
     if kind == "gemma3":
         # As llama.cpp scales, which GGUF does not write down: by a head's width, but for the model of 27B.
         shared = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = shared if config.num_hidden_layers == 62 else config.head_dim
-        config.final_logit_softcapping = number("final_logit_softcapping")
+        config.final_logit_softcapping = sizes["final_logit_softcapping"]
     if rotation := tensors.get("rope_freqs.weight"):
         config.rope_parameters = _rotation(path, config, np.asarray(rotation.data, dtype=np.float64).ravel())
     return config

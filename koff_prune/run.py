@@ -178,9 +178,9 @@ class Run:
         if not (self.folder / "recipe.yaml").exists():
             self._write_recipe()
         # resolved once: a run that moves to another machine goes on in the type that it began in
-        dtype = read_json(stamp).get("dtype", self.recipe.model.dtype)
-        model = self.recipe.model.model_copy(update={"dtype": dtype})
-        self.recipe = self.recipe.model_copy(update={"model": model})
+        if self.recipe.model.dtype == "auto":
+            model = self.recipe.model.model_copy(update={"dtype": read_json(stamp).get("dtype", "auto")})
+            self.recipe = self.recipe.model_copy(update={"model": model})
 
     def _write_recipe(self) -> None:
         resolved = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)

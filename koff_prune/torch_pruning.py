@@ -35,7 +35,6 @@ from koff_prune.scores import UnitImportance, by_parameter
 from koff_prune.units import KINDS, UnitKind, decoder_layers, ffn_group, prune_kv_groups, read_units
 
 _NEAR = 0.02  # of the prunable parameters: nearer to the ratio is as asked
-_OF_GRADIENTS = (tp.importance.GroupTaylorImportance, tp.importance.GroupHessianImportance)
 
 __all__ = ["GroupedQueryPruner", "KVGroup", "LearnedImportance", "UnitImportance", "read_units"]
 
@@ -221,7 +220,8 @@ class GroupedQueryPruner:
     def _score(self, layer: Any, kind: UnitKind, count: int) -> Any:
         if kind == "kv_groups":
             return self.importance.of_attention(layer.self_attn)  # type: ignore[attr-defined]
-        if isinstance(self.importance, _OF_GRADIENTS) and layer.mlp.gate_proj.weight.grad is None:
+        of_gradients = isinstance(self.importance, tp.importance.GroupTaylorImportance)
+        if of_gradients and layer.mlp.gate_proj.weight.grad is None:
             return None
         return self.importance(ffn_group(layer.mlp, range(count)))
 
