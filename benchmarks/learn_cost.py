@@ -180,8 +180,8 @@ def score(name: str, recipe: str, path: Path) -> None:
     import torch
 
     from koff_prune.recipe import Structure
-    from koff_prune.run import save_tensors
     from koff_prune.scores import collect
+    from koff_prune.tensor_file import save_tensors
     from koff_prune.units import read_units
 
     model = open_model(name, recipe)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import time
@@ -24,7 +23,6 @@ from filelock import FileLock, Timeout
 from koff_export.errors import KoffError
 from koff_export.files import (
     disk_errors,
-    fsync_path,
     read_json,
     recover,
     recover_below,
@@ -37,10 +35,9 @@ from koff_prune.chat import tokens
 from koff_prune.places import is_moved, local_paths
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Recipe
+from koff_prune.tensor_file import save_tensors
 
 if TYPE_CHECKING:
-    import torch
-
     from koff_prune.domains import DomainBlocks
     from koff_prune.models import Dense
     from koff_prune.scores import Statistics
@@ -67,34 +64,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes a safetensors file aside and renames it."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, aside)
-            fsync_path(aside)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file after checking its header."""
-    from safetensors.torch import load_file
-
-    from koff_export.files import check_safetensors
-
-    try:
-        check_safetensors(path)
-    except KoffError as error:
-        raise KoffError(f"{path}: is missing or damaged; remove it, and --resume makes it again") from error
-    return load_file(path)
 
 
 class Run:
@@ -333,7 +302,7 @@ class Run:
                 with bar("scoring units", sum(len(w) for w in windows)) as progress, self.timed("score"):
                     kinds, seed = self.recipe.structure.units, self.recipe.seed
                     found = collect(on_device(self.fresh()), self.units, kinds, windows, progress, seed)
-                save_tensors(found.tensors(), path)
+                save_tensors(found.tensors(), path, checksum=False)
             if self._statistics is None:
                 self._statistics = Statistics.open(path)
         return self._statistics

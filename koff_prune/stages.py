@@ -32,8 +32,8 @@ from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
 from koff_prune.recipe import COSTS, CompareRow, Learn, Memory, MemoryKind
 from koff_prune.recipe import Gates as GatesSection
-from koff_prune.run import load_tensors, save_tensors
 from koff_prune.scores import removal_costs, score_units
+from koff_prune.tensor_file import load_tensors, save_tensors
 from koff_prune.units import KINDS
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from koff_prune.gates import Gates
 from koff_prune.plan import Kept, Scores, choose, removed_parameters
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import BASELINES, Structure
-from koff_prune.run import load_tensors
 from koff_prune.scores import UnitImportance, by_parameter
+from koff_prune.tensor_file import load_tensors
 from koff_prune.units import KINDS, UnitKind, decoder_layers, ffn_group, prune_kv_groups, read_units
 
 _NEAR = 0.02  # of the prunable parameters: nearer to the ratio is as asked

@@ -104,12 +104,18 @@ def no_gates(out: Path, place: Path) -> str:
     return "gates.safetensors: is missing or damaged; remove it, and --resume makes it again"
 
 
+def another_gate(out: Path, place: Path) -> str:
+    one_bit(out / "gates.safetensors")
+    (out / "plan.json").unlink()
+    return "gates.safetensors: is missing or damaged; remove it, and --resume makes it again"
+
+
 def a_list(out: Path, place: Path) -> str:
     (out / "run.json").write_text("[]")
     return "run.json: is damaged, or of a later version"
 
 
-@pytest.mark.parametrize("harm", [another_plan, another_text, fewer_losses, no_gates, a_list])
+@pytest.mark.parametrize("harm", [another_plan, another_text, fewer_losses, no_gates, another_gate, a_list])
 def test_what_is_not_this_runs_is_told(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path, Path], str]
 ) -> None:

@@ -29,7 +29,8 @@ from koff_prune.memory import load_memory
 from koff_prune.plan import Plan
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Learn
-from koff_prune.run import Run, load_tensors
+from koff_prune.run import Run
+from koff_prune.tensor_file import load_tensors
 
 # Runs koff-prune in a process of its own that kills itself at the named point.
 KILLED = """

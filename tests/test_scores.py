@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from koff_export.errors import KoffError
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.recipe import BASELINES, Structure
-from koff_prune.run import save_tensors
 from koff_prune.scores import DRAWS, Statistics, UnitImportance, collect, score_units
+from koff_prune.tensor_file import save_tensors
 from koff_prune.units import KINDS, Units, ffn_group, head_channels, read_units
 
 BOTH = Structure(units=list(KINDS))
