@@ -385,8 +385,8 @@ def losses_of(
                         result[name] = window_losses(memories, blocks.heldout, who, progress)
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(path, finite(result))
-    found: dict[str, list[float]] = infinite(read_json(path))
+    found: Any = infinite(read_json(path))
     counts = {name: len(blocks.heldout) for name, blocks in run.domains.items()}
-    if {name: len(values) for name, values in found.items()} != counts:
+    if not isinstance(found, dict) or {name: len(values) for name, values in found.items()} != counts:
         raise KoffError(f"{path}: is damaged; remove it, and --resume makes it again")
     return found
