@@ -26,25 +26,29 @@ def render(template: str, record: Mapping[str, Any]) -> str:
         ValueError: The template is malformed, a `|literal` field holds no Python literal, or a field holds
             bytes that are no text.
     """
-    out = []
-    for text, path, literal in parse(template):
-        if not path:
-            out.append(text)
-            continue
-        value = lookup(record, path)
-        out.append("\n".join(_strings(_literal(value, path) if literal else value)))
-    return "".join(out)
+    return "".join(text for text, _ in _filled(template, record))
 
 
 def named_by(template: str, record: Mapping[str, Any]) -> str:
-    """A template as a record's name: nothing where none of its fields gives anything.
+    """A template as a record's name: nothing where it has fields, and none of them gives anything.
 
     Raises:
         ValueError: As for `render`.
     """
-    fields = [part for part in parse(template) if part[1]]
-    given = any(render(f"{{{path}{'|literal' if literal else ''}}}", record) for _, path, literal in fields)
-    return render(template, record) if given or not fields else ""
+    parts = _filled(template, record)
+    fields = [text for text, is_field in parts if is_field]
+    return "".join(text for text, _ in parts) if any(fields) or not fields else ""
+
+
+def _filled(template: str, record: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """The texts of a template's parts, and whether a field gave each."""
+    out = []
+    for text, path, literal in parse(template):
+        if path:
+            value = lookup(record, path)
+            text = "\n".join(_strings(_literal(value, path) if literal else value))
+        out.append((text, bool(path)))
+    return out
 
 
 @functools.lru_cache(maxsize=256)

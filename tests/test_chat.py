@@ -195,3 +195,11 @@ def test_mistakes_are_one_sentence(
     recipe = recipe_of(tmp_path, domains={"chat": {"source": {"path": "talks.jsonl", **source}}})
     answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
     assert answer.code == 2 and says in answer.err and answer.err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("said", ["", "  \n"])
+def test_an_assistant_that_says_nothing_is_no_answer(said: str) -> None:
+    """Unless it calls a tool."""
+    silent = {"role": "assistant", "content": said}
+    assert chat_of([{"role": "user", "content": "Hi"}, silent]) is None
+    assert chat_of([{"role": "user", "content": "Hi"}, {**silent, "tool_calls": [{"name": "x"}]}]) is not None

@@ -81,6 +81,20 @@ def test_layers_of_unlike_heads_get_no_config(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_heads_are_the_graphs_where_the_config_tells_them_by_layer(tmp_path: Path) -> None:
+    """A Llama with 3 of 4 KV groups in every layer says so by layer, and 4 as a whole."""
+    config = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    manifest = {
+        "graph": {"kv_heads": [3, 3], "precisions": {"fp32": "onnx/model.onnx"}, "head_dim": 4, "layers": 2,
+                  "vocab_size": 9},
+        "bos": 1, "eos": [2], "context": 64, "domains": {},
+    }  # fmt: skip
+    assert write_genai_config(tmp_path, manifest)
+    decoder = json.loads((tmp_path / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (6, 3)
+
+
 def test_a_merged_memory_is_in_every_graph(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export", place / "recipe.yaml", "--out", place / "run", "--resume", "--merge", "law"]
     assert koff_prune(capsys, *command).code == 0

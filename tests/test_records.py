@@ -151,6 +151,13 @@ def test_records_that_a_key_cannot_name_are_documents_of_their_own(tmp_path: Pat
     assert found == {"r/1": "t1", "r/3": "t3", "r/5": "t5", "t0": "t0", "t2": "t2", "t4": "t4"}
 
 
+def test_a_lone_text_that_ends_where_a_piece_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is left over, and so nothing is said to have no text."""
+    (tmp_path / "a.txt").write_text("word " * 500 + "\n\n")
+    assert len(read(tmp_path / "a.txt")) == 1
+    assert "give no text" not in capsys.readouterr().err
+
+
 def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "more").mkdir()
