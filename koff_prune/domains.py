@@ -10,22 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from koff_export.errors import KoffError
-from koff_export.files import check_safetensors, disk_errors
 from koff_prune.chat import Chat, chat_tokens, tokens
 from koff_prune.documents import describe, documents
 from koff_prune.progress import say
 from koff_prune.recipe import Domain, Recipe
+from koff_prune.tensor_file import TensorFile, save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -357,16 +354,9 @@ def save_blocks(blocks: DomainBlocks, folder: Path) -> Path:
         KoffError: The disk is full or may not be written.
     """
     path = Path(folder) / f"{blocks.name}.safetensors"
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     rest = {f.name: getattr(blocks, f.name) for f in fields(blocks) if f.name not in _TENSORS}
-    tensors = {name: getattr(blocks, name).to(torch.int32).contiguous() for name in _TENSORS}
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, aside, metadata={"domain": json.dumps(rest)})
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+    tensors = {name: getattr(blocks, name).to(torch.int32) for name in _TENSORS}
+    save_tensors(tensors, path, {"domain": json.dumps(rest)})
     return path
 
 
@@ -374,12 +364,12 @@ def load_blocks(path: Path) -> DomainBlocks:
     """Reads what `save_blocks` wrote.
 
     Raises:
-        KoffError: The file is missing, truncated or of another kind.
+        KoffError: The file is missing, cut short, changed, or of another kind.
     """
-    check_safetensors(path)
-    with safe_open(path, framework="pt") as file:
-        try:
-            rest: dict[str, Any] = json.loads((file.metadata() or {})["domain"])
-            return DomainBlocks(**rest, **{name: file.get_tensor(name).long() for name in _TENSORS})
-        except (KeyError, ValueError, TypeError) as error:
-            raise KoffError(f"{path} holds no token blocks of a domain: it is damaged or foreign") from error
+    file = TensorFile(path)
+    try:
+        rest: dict[str, Any] = json.loads(file.notes["domain"])
+        blocks: dict[str, Any] = {name: file[name].long() for name in _TENSORS}
+        return DomainBlocks(**rest, **blocks)
+    except (KeyError, ValueError, TypeError) as error:
+        raise KoffError(f"{path} holds no token blocks of a domain: it is damaged or foreign") from error

@@ -265,7 +265,7 @@ class Run:
             lines = folder / f"{name}.heldout.jsonl"
             # the very windows of the report, for `koff-run --score`
             text = "".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist())
-            if not lines.exists() or lines.stat().st_size != len(text):
+            if not lines.exists() or lines.read_bytes() != text.encode():
                 write_text(lines, text)
         self._check_texts({name: blocks.digest for name, blocks in result.items()})
         if fresh:
@@ -302,7 +302,7 @@ class Run:
                 with bar("scoring units", sum(len(w) for w in windows)) as progress, self.timed("score"):
                     kinds, seed = self.recipe.structure.units, self.recipe.seed
                     found = collect(on_device(self.fresh()), self.units, kinds, windows, progress, seed)
-                save_tensors(found.tensors(), path, checksum=False)
+                save_tensors(found.tensors(), path)
             if self._statistics is None:
                 self._statistics = Statistics.open(path)
         return self._statistics

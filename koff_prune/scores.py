@@ -29,18 +29,17 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from koff_export.errors import KoffError
-from koff_export.files import check_safetensors
 from koff_prune.chat import IGNORED, tokens_and_labels
 from koff_prune.device import device_of
 from koff_prune.plan import Scores
 from koff_prune.recipe import Structure
 from koff_prune.surgeon import elimination_costs
+from koff_prune.tensor_file import TensorFile
 from koff_prune.units import KINDS, UnitKind, Units, decoder_layers, ffn_group
 from koff_prune.weights import Weights
 
@@ -51,16 +50,12 @@ DRAWS = 2  # label sequences that the model draws for every scoring window
 class SecondMoments(Mapping[Place, torch.Tensor]):
     """Those of a statistics file, read one by one when asked for: together they outweigh the model."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith("second.")]  # noqa: SIM118
-        self._names = {_place(name): name for name in names}
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self._names = {_place(name): name for name in file if name.startswith("second.")}
 
     def __getitem__(self, place: Place) -> torch.Tensor:
-        with safe_open(self._path, framework="pt") as file:
-            found: torch.Tensor = file.get_tensor(self._names[place])
-        return found
+        return self._file[self._names[place]]
 
     def __iter__(self) -> Iterator[Place]:
         return iter(self._names)
@@ -112,13 +107,11 @@ class Statistics:
         Raises:
             KoffError: The file is missing or damaged.
         """
-        check_safetensors(path)
-        with safe_open(path, framework="pt") as file:
-            result = cls(second=SecondMoments(path), tokens=int(file.get_tensor("tokens")))
-            for name in file.keys():  # noqa: SIM118
-                if name != "tokens" and not name.startswith("second."):
-                    # a copy, or the whole file stays mapped
-                    getattr(result, name.split(".")[0])[_place(name)] = file.get_tensor(name).clone()
+        file = TensorFile(path)
+        result = cls(second=SecondMoments(file), tokens=int(file["tokens"]))
+        for name in file:
+            if name != "tokens" and not name.startswith("second."):
+                getattr(result, name.split(".")[0])[_place(name)] = file[name]
         return result
 
 

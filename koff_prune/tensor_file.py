@@ -1,69 +1,115 @@
-"""A run's own tables of tensors: written aside, synced, renamed; known by a checksum when they are read."""
+"""A run's own tables of tensors: written aside, synced, renamed; known by checksums when they are read."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors, fsync_path
 
-_SUM = "sha256"
+_SUMS = "checksums"  # in the header's metadata: sha256 of every tensor, and of the notes under _NOTES
+_NOTES = ""  # no tensor's name
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, *, checksum: bool = True) -> None:
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, notes: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors file aside and renames it.
 
     Args:
         tensors: By name.
         path: Of the file.
-        checksum: Of all tensors, kept in the header; not for gigabytes that are read in parts.
+        notes: Text beside them, in the header.
 
     Raises:
         KoffError: The disk is full, or refuses.
     """
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    notes = notes or {}
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    sums = {name: _sum_of(tensor) for name, tensor in whole.items()} | {_NOTES: _sum_of_notes(notes)}
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(whole, aside, metadata={_SUM: _digest(whole)} if checksum else None)
+            save_file(whole, aside, metadata={**notes, _SUMS: json.dumps(sums)})
             fsync_path(aside)
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
 
 
+class TensorFile(Mapping[str, torch.Tensor]):
+    """What `save_tensors` wrote; a tensor is read, and held against its checksum, when it is asked for.
+
+    Attributes:
+        notes: The text beside the tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header.
+
+        Raises:
+            KoffError: The file is missing, cut short, or not as it was written.
+        """
+        self._path = path
+        try:
+            check_safetensors(path)
+            with safe_open(path, framework="pt") as file:
+                self._names = list(file.keys())
+                self.notes = dict(file.metadata() or {})
+            self._sums: dict[str, str] = json.loads(self.notes.pop(_SUMS, "{}"))
+        except (KoffError, SafetensorError, ValueError) as error:
+            raise self._damaged() from error
+        if self._sums and self._sums.get(_NOTES) != _sum_of_notes(self.notes):
+            raise self._damaged()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A copy of a tensor, or the whole file would stay mapped.
+
+        Raises:
+            KeyError: There is none of that name.
+            KoffError: It is not as it was written.
+        """
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name).clone()
+        if self._sums and self._sums.get(name) != _sum_of(found):
+            raise self._damaged()
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _damaged(self) -> KoffError:
+        return KoffError(f"{self._path}: is missing or damaged; remove it, and --resume makes it again")
+
+
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads what `save_tensors` wrote.
+    """Reads all of what `save_tensors` wrote.
 
     Raises:
         KoffError: It is missing, cut short, or not as it was written.
     """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    damaged = KoffError(f"{path}: is missing or damaged; remove it, and --resume makes it again")
-    try:
-        check_safetensors(path)
-    except KoffError as error:
-        raise damaged from error
-    tensors = load_file(path)
-    with safe_open(path, framework="pt") as file:
-        told = (file.metadata() or {}).get(_SUM)
-    if told is not None and told != _digest(tensors):
-        raise damaged
-    return tensors
+    return dict(TensorFile(path))
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+def _sum_of(tensor: torch.Tensor) -> str:
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _sum_of_notes(notes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()

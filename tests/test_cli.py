@@ -330,6 +330,16 @@ def test_help_needs_neither_torch_nor_a_second() -> None:
         assert time.monotonic() - begun < 5  # under a second on an idle machine
 
 
+def test_an_interruption_while_it_is_imported_is_one_word() -> None:
+    code = (
+        "import builtins, os, signal\nfrom koff_prune.__main__ import main\nmake = builtins.__import__\n"
+        "def slow(name, *rest):\n    if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return make(name, *rest)\nbuiltins.__import__ = slow\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "schema"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_public_names_are_functions_whatever_was_imported_before() -> None:
     code = "import koff_prune, koff_prune.learn, koff_prune.plan, koff_prune.cut, koff_prune.compare\n"
     code += "from koff_prune.learn import train\n"

@@ -110,12 +110,38 @@ def another_gate(out: Path, place: Path) -> str:
     return "gates.safetensors: is missing or damaged; remove it, and --resume makes it again"
 
 
+def other_tokens(out: Path, place: Path) -> str:
+    one_bit(out / "domains" / "law.safetensors")
+    return "law.safetensors: is missing or damaged; remove it, and --resume makes it again"
+
+
+def other_documents(out: Path, place: Path) -> str:
+    path = out / "domains" / "law.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"heldout_documents\\": [', b'"heldout_documents\\":[ ', 1))
+    return "law.safetensors: is missing or damaged; remove it, and --resume makes it again"
+
+
+def another_moment(out: Path, place: Path) -> str:
+    path = out / "statistics.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    shutil.rmtree(out / "rows")
+    return "statistics.safetensors: is missing or damaged; remove it, and --resume makes it again"
+
+
 def a_list(out: Path, place: Path) -> str:
     (out / "run.json").write_text("[]")
     return "run.json: is damaged, or of a later version"
 
 
-@pytest.mark.parametrize("harm", [another_plan, another_text, fewer_losses, no_gates, another_gate, a_list])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        another_plan, another_text, fewer_losses, no_gates, another_gate, a_list, other_tokens,
+        other_documents, another_moment,
+    ],
+)  # fmt: skip
 def test_what_is_not_this_runs_is_told(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path, Path], str]
 ) -> None:
@@ -134,11 +160,11 @@ def test_what_is_not_this_runs_is_told(
 def test_what_cannot_matter_is_made_again(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Seconds that are none, and half of the windows for `koff-run --score`."""
+    """Seconds that are none, and other windows for `koff-run --score`."""
     out = tmp_path / "run"
     shutil.copytree(place / "whole", out)
     windows = (out / "domains" / "law.heldout.jsonl").read_bytes()
-    cut_short(out / "domains" / "law.heldout.jsonl")
+    one_bit(out / "domains" / "law.heldout.jsonl")
     (out / "times.json").write_text("[]")
     (out / "losses.json").unlink()
     assert koff_prune(capsys, "compare", place / "recipe.yaml", "--out", out, "--resume").code == 0
