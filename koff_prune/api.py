@@ -16,7 +16,7 @@ from koff_prune.bundling import write_bundle
 from koff_prune.chat import tokens
 from koff_prune.compare import compare as _compare
 from koff_prune.learn import check_processes, check_steps
-from koff_prune.needs import check_context, dry_plan
+from koff_prune.needs import check_context, check_formats, dry_plan
 from koff_prune.plan import even_plan
 from koff_prune.progress import say
 from koff_prune.reading import load_recipe
@@ -76,23 +76,11 @@ def _prepare(run: Run) -> None:
     check_processes(run.recipe.learn)
     check_steps(run.recipe.learn, run.recipe.step_batches)
     even_plan(run.units, run.recipe.structure)
-    export, structure = run.recipe.export, run.recipe.structure
-    if "onnx" in export.formats:
-        from koff_export.fused import check_fused
-        from koff_export.writer import check_model
+    check_formats(run.recipe, run.dense.config.to_dict())
+    if "gguf" in run.recipe.export.formats:
+        from koff_export.gguf import check_tokenizer
 
-        check_model(run.dense.config)
-        if "fused" in export.onnx.profiles:
-            check_fused(run.dense.config)
-    if "gguf" in export.formats:
-        from koff_export.gguf import check_export
-
-        check_export(
-            run.dense.config,
-            run.dense.tokenizer,
-            per_layer=structure.widths == "per_layer",
-            whole_heads="kv_groups" not in structure.units,
-        )
+        check_tokenizer(run.dense.tokenizer)
     check_context(run.recipe, run.dense.config.max_position_embeddings)
     longest = max((row.kv_tokens or 0 for row in run.recipe.compare), default=0)
     for name, blocks in run.domains.items():

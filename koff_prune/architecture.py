@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from koff_export.errors import KoffError
 from koff_export.files import read_json
+from koff_export.limits import head_dim
 from koff_prune.recipe import ModelSection
 
 UnitKind = Literal["ffn_neurons", "kv_groups"]
@@ -24,7 +25,6 @@ EXPECTED = ("mistral",)
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "vocab_size")  # fmt: skip
 _MOST_UNITS = 10**8  # neurons of all layers: a config.json that says more is damaged
-_HEAD_DIM = {"qwen3": 128, "gemma3_text": 256}  # where a config.json names none; else hidden size / heads
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def units_of_config(config: Mapping[str, Any]) -> Units:
     """
     kind, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    head = config.get("head_dim") or _HEAD_DIM.get(kind) or hidden // heads
+    head = head_dim(config)
     queries, layers = heads // groups, config["num_hidden_layers"]
     bias = bool(config.get("attention_bias")) and kind != "mistral"  # of all four projections
     query_bias = bias or kind == "qwen2"  # of q, k and v

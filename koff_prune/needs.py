@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from koff_export.errors import KoffError
+from koff_export.limits import check_fused, check_gguf, check_portable
 from koff_prune.architecture import Units, config_of, native_dtype, units_of_config
 from koff_prune.plan import Plan, even_plan
 from koff_prune.recipe import Lora, Recipe
@@ -22,8 +24,32 @@ def dry_plan(recipe: Recipe) -> dict[str, Any]:
     config = config_of(recipe.model)
     if isinstance(context := config.get("max_position_embeddings"), int):
         check_context(recipe, context)
+    check_formats(recipe, config)
     units = units_of_config(config)
     return {"units": units, "plan": even_plan(units, recipe.structure), "config": config}
+
+
+def check_formats(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Whether the formats that are asked for can hold the model.
+
+    Args:
+        recipe: Checked.
+        config: The dense model's config.json.
+
+    Raises:
+        KoffError: One cannot; names the key.
+    """
+    export, structure = recipe.export, recipe.structure
+    if "onnx" in export.formats:
+        check_portable(config)
+        if "fused" in export.onnx.profiles:
+            check_fused(config)
+    if "gguf" in export.formats:
+        check_gguf(
+            config,
+            per_layer=structure.widths == "per_layer",
+            whole_heads="kv_groups" not in structure.units,
+        )
 
 
 def check_context(recipe: Recipe, context: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -99,6 +100,41 @@ def test_dry_run_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "says"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "onnx", "cannot hold the rotation dynamic"),
+        ({"hidden_act": "relu2"}, "onnx", "not relu2; leave onnx out"),
+        ({"model_type": "qwen3"}, "gguf", "set structure.widths: uniform, or leave gguf out"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "gguf", "rope scaling 'yarn'"),
+        ({"head_dim": 8}, "onnx", "wants heads of a multiple of 16, not of 8; leave fused out"),
+    ],
+)
+def test_dry_run_knows_what_a_format_cannot_hold(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    config: dict[str, object],
+    kind: str,
+    says: str,
+) -> None:
+    """From a config.json as it came, of whatever age; in the words in which learning tells."""
+    sizes = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "head_dim": 16,
+             "hidden_act": "silu", "max_position_embeddings": 512}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    changes = [
+        f"model.source={tmp_path}",
+        f"export.formats=[safetensors, {kind}]",
+        "export.onnx.profiles=[portable, fused]",
+    ]
+    command = ["plan", "--dry-run", place / "recipe.yaml", *(part for c in changes for part in ("--set", c))]
+    answer = koff_prune(capsys, *command)
+    assert answer.code == 0, answer.err
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **config}))
+    mistake(koff_prune(capsys, *command), says)
 
 
 def test_devices_belong_to_a_dry_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

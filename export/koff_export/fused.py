@@ -25,39 +25,11 @@ import torch
 from onnx import helper
 from transformers import PreTrainedModel
 
-from koff_export.errors import KoffError
 from koff_export.files import disk_errors
+from koff_export.limits import check_fused
 from koff_export.onnx import Pair, add_defaults, bake
 from koff_export.tensors import TensorFile
-from koff_export.writer import ACTIVATIONS, FLOAT, HIDDEN, INT32, GraphWriter, activation_of
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # a table of positions says all about them
-
-
-def check_fused(config: Any) -> None:
-    """Refuses a model that the fused profile cannot hold.
-
-    Raises:
-        KoffError: the family, activation, rotation, head size or a sliding window, with the mend.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    reason = None
-    if config.model_type not in FAMILIES:
-        reason = f"knows {', '.join(FAMILIES)}, not {config.model_type}"
-    elif ACTIVATIONS.get(activation_of(config)) != "silu":
-        reason = f"knows the activation silu, not {activation_of(config)}"
-    elif rope.get("rope_type", "default") not in _STATIC_ROPE:
-        reason = f"knows rotations {', '.join(_STATIC_ROPE)}, not {rope['rope_type']}"
-    elif "sliding_attention" in (getattr(config, "layer_types", None) or []) or (
-        config.model_type == "mistral" and config.sliding_window is not None
-    ):
-        reason = "has no sliding windows, which this model has"
-    elif head_dim % 16:
-        reason = f"wants heads of a multiple of 16, not of {head_dim}"
-    if reason:
-        raise KoffError(f"export.onnx.profiles: fused {reason}; leave fused out")
+from koff_export.writer import FLOAT, HIDDEN, INT32, GraphWriter
 
 
 class _Fused(GraphWriter):
@@ -165,7 +137,7 @@ def export_fused(
     Raises:
         KoffError: a model that the profile cannot hold, or the disk refuses.
     """
-    check_fused(model.config)
+    check_fused(model.config.to_dict())
     path = Path(target)
     interface = onnx.load(portable, load_external_data=False).graph
     names = [value.name for value in interface.input]

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors
-from koff_export.writer import activation_of
+from koff_export.limits import check_gguf, check_gguf_family
 
 # By the recipe's name: of the matrices; of embedding and head; llama.cpp's name for such a file.
 _TYPES = {
@@ -46,73 +46,18 @@ _SPLITS = {
 }
 
 
-def check_export(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, per_layer: bool, whole_heads: bool
-) -> None:
-    """Whether a cut of this model can be written, before anything is trained.
-
-    Args:
-        config: Of the dense model or of a backbone.
-        tokenizer: The model's.
-        per_layer: Whether layers will differ in width.
-        whole_heads: Whether no heads are removed.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether llama.cpp would split text as a tokenizer does, before anything is trained.
 
     Raises:
-        KoffError: llama.cpp would not open the file, or would compute something else; with the mend.
+        KoffError: It would not, or nothing says how; with the mend.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wide = config.num_attention_heads * head_dim == config.hidden_size
-    if config.model_type == "qwen2" and not wide:
-        raise KoffError(
-            "export.formats: llama.cpp reads a qwen2 whose heads together are as wide as its hidden state;"
-            " leave gguf out"
-        )
-    architecture(config.model_type, per_layer, whole_heads)
-    kind = _rope_kind(config)
-    reason = None
-    if activation_of(config) not in ("silu", "swish"):
-        reason = f"computes silu in a {config.model_type}, and this one has {activation_of(config)}"
-    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        reason = f"knows no sliding windows of a {config.model_type}"
-    elif config.model_type == "qwen3" and getattr(config, "attention_bias", False):
-        reason = "knows no attention biases of a qwen3"
-    elif kind not in ("default", "linear", "llama3"):
-        reason = f"would be given rope scaling {kind!r}, which is not written"
-    if reason:
-        raise KoffError(f"export.formats: llama.cpp {reason}; leave gguf out")
     _split_of(tokenizer)
 
 
-def _rope_kind(config: PretrainedConfig) -> str:
-    return str(dict(config.rope_parameters).get("rope_type", "default"))
-
-
 def architecture(model_type: str, per_layer: bool, all_heads: bool) -> gguf.MODEL_ARCH:
-    """The llama.cpp architecture of a backbone.
-
-    Args:
-        model_type: Of the Hugging Face config.
-        per_layer: Whether layers differ in width.
-        all_heads: Whether the query heads together are as wide as the hidden state.
-
-    Raises:
-        KoffError: llama.cpp has none for it.
-    """
-    if model_type not in _ARCHITECTURES:
-        raise KoffError(
-            f"export.formats: gguf is written for {', '.join(_ARCHITECTURES)}, and this model is a"
-            f" {model_type}; leave gguf out"
-        )
-    if per_layer and model_type != "llama":
-        raise KoffError(
-            f"export.formats: llama.cpp reads one width for all layers of a {model_type}; set"
-            " structure.widths: uniform, or leave gguf out"
-        )
-    if model_type == "qwen2" and not all_heads:
-        raise KoffError(
-            "export.formats: llama.cpp reads a qwen2 with all of its heads alone; set structure.units:"
-            " [ffn_neurons], or leave gguf out"
-        )
+    """The llama.cpp architecture of a backbone; see `limits.check_gguf_family`, which refuses the others."""
+    check_gguf_family(model_type, per_layer, all_heads)
     return gguf.MODEL_ARCH.DECI if per_layer else _ARCHITECTURES[model_type]
 
 
@@ -139,7 +84,9 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
     neurons = [layer.mlp.down_proj.in_features for layer in layers]
     per_layer = any(len(set(widths)) > 1 for widths in (heads, kv_heads, neurons))
     arch = architecture(config.model_type, per_layer, heads[0] * head_dim == config.hidden_size)
-    check_export(config, tokenizer, per_layer=per_layer, whole_heads=heads[0] == config.num_attention_heads)
+    whole = heads[0] == config.num_attention_heads
+    check_gguf(config.to_dict(), per_layer=per_layer, whole_heads=whole)
+    check_tokenizer(tokenizer)
     matrices, embeddings, file_type = _TYPES[kind]
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -246,7 +193,7 @@ def _permuted(name: str, tensor: torch.Tensor, model: PreTrainedModel) -> torch.
 def _add_rope(writer: gguf.GGUFWriter, config: PretrainedConfig, head_dim: int) -> None:
     """Base and scaling of the rotation; Llama 3's scaling is a tensor of factors, one for each frequency."""
     rope: dict[str, Any] = dict(config.rope_parameters)
-    base, kind = float(rope["rope_theta"]), _rope_kind(config)
+    base, kind = float(rope["rope_theta"]), str(rope.get("rope_type", "default"))
     writer.add_rope_freq_base(base)
     if kind == "default":
         return

@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors
 from koff_export.graph import is_slot
+from koff_export.limits import check_portable
 from koff_export.tensors import TensorFile
-from koff_export.writer import FLOAT, HIDDEN, INT64, GraphWriter, check_model, windows_of
+from koff_export.writer import FLOAT, HIDDEN, INT64, GraphWriter, windows_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -249,7 +250,7 @@ def export_onnx(
     Raises:
         KoffError: no graph holds the model, a module does not exist or is not linear, or the disk refuses.
     """
-    check_model(model.config)
+    check_portable(model.config.to_dict())
     inputs, outputs = interface(model, lora_modules)
     target = Path(folder) / "onnx" / "model.onnx"
     target.parent.mkdir(parents=True, exist_ok=True)

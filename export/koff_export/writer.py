@@ -19,49 +19,12 @@ import torch
 from onnx import TensorProto, helper
 from transformers import PreTrainedModel
 
-from koff_export.errors import KoffError
+from koff_export.limits import ACTIVATIONS, activation_of
 from koff_export.tensors import TensorFile
 
-# Families whose layers are as `GraphWriter.logits` writes them.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-# What a feed-forward block's gate goes through, by transformers' names for it.
-_ACTIVATIONS = {
-    "silu": ("silu", "swish"),
-    "relu": ("relu",),
-    "gelu": ("gelu", "gelu_python"),
-    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast"),
-}
-ACTIVATIONS = {name: kind for kind, names in _ACTIVATIONS.items() for name in names}
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
 OPSET, IR_VERSION = 20, 10
 HIDDEN = -1e9  # added to the score of what a token must not see: finite, or a padded row would be no number
-
-
-def check_model(config: Any) -> None:
-    """Refuses a model that no graph holds.
-
-    Raises:
-        KoffError: Its family, activation or rotation, with the mend.
-    """
-    reason = None
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = [table for table in rope.values() if isinstance(table, dict)] or [rope]
-    kinds = {table.get("rope_type", "default") for table in by_layer}
-    if config.model_type not in FAMILIES:
-        reason = f"knows {', '.join(FAMILIES)}, not {config.model_type}"
-    elif activation_of(config) not in ACTIVATIONS:
-        reason = f"knows the activations {', '.join(ACTIVATIONS)}, not {activation_of(config)}"
-    elif moving := kinds & {"dynamic", "longrope"}:
-        reason = f"cannot hold the rotation {min(moving)}, which depends on the text's length"
-    elif getattr(config, "use_bidirectional_attention", False):
-        reason = "cannot hold attention that looks ahead, which this model has"
-    if reason:
-        raise KoffError(f"export.formats: onnx {reason}; leave onnx out")
-
-
-def activation_of(config: Any) -> str:
-    """What a feed-forward block's gate goes through, by transformers' name."""
-    return str(config.hidden_activation if config.model_type == "gemma3_text" else config.hidden_act)
 
 
 def windows_of(model: PreTrainedModel) -> list[int | None]:
@@ -76,7 +39,7 @@ class GraphWriter(ABC):
     """Nodes and weights as they are written down; a profile says how it attends and how it normalises.
 
     Args:
-        model: Of a family in `FAMILIES`; widths and head counts may differ per layer.
+        model: Of a family in `limits.FAMILIES`; widths and head counts may differ per layer.
         weights: Where they go.
         slots: Paths of the linear modules that take a LoRA.
     """
@@ -209,7 +172,7 @@ class GraphWriter(ABC):
         gate, up = (
             self.linear(x, getattr(module, name), f"{path}.{name}") for name in ("gate_proj", "up_proj")
         )
-        kind = ACTIVATIONS[activation_of(config)]
+        kind = ACTIVATIONS[activation_of(config.to_dict())]
         if kind == "silu":
             active = self.op("Mul", gate, self.op("Sigmoid", gate))
         elif kind == "relu":

@@ -32,7 +32,8 @@ from koff_export.bundle import MERGED_KV, write_manifest
 from koff_export.cached import CachedText, CacheInPlace, CacheOfGraph
 from koff_export.cli import main
 from koff_export.errors import KoffError
-from koff_export.fused import check_fused, export_fused
+from koff_export.fused import export_fused
+from koff_export.limits import check_fused
 from koff_export.onnx import export_onnx, write_adapter
 from koff_export.quantize import quantize
 from koff_export.runtime import Runtime
@@ -376,4 +377,4 @@ def test_a_baked_memory_needs_no_slots(length: int, profile: str, tmp_path: Path
 def test_models_that_do_not_fit_are_refused(family: str, change: dict[str, object], message: str) -> None:
     model = tiny_model(family, per_layer=False, **change)
     with pytest.raises(KoffError, match=f"export.onnx.profiles: fused .*{message}.*leave fused out"):
-        check_fused(model.config)
+        check_fused(model.config.to_dict())

@@ -16,8 +16,8 @@ from export_helpers import Exported, lora_modules, random_kv, random_lora, tiny_
 
 from koff_export.errors import KoffError
 from koff_export.graph import check_onnx
+from koff_export.limits import check_portable
 from koff_export.onnx import export_onnx, write_adapter
-from koff_export.writer import check_model
 
 GEMMA = {
     "sliding_window": 3,
@@ -137,8 +137,8 @@ def test_what_a_graph_would_not_say_is_refused() -> None:
         (tiny_model("gemma3", False, use_bidirectional_attention=True, **GEMMA), "looks ahead"),  # type: ignore[arg-type]
     ):
         with pytest.raises(KoffError, match=says):
-            check_model(model.config)
-    check_model(tiny_model("llama", hidden_act="swish", hidden_activation="mish").config)
+            check_portable(model.config.to_dict())
+    check_portable(tiny_model("llama", hidden_act="swish", hidden_activation="mish").config.to_dict())
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
