@@ -25,7 +25,7 @@ def chat_of(messages: Any) -> Chat | None:
     """A record's messages as a Chat; None where the assistant answers nothing.
 
     Raises:
-        ValueError: They are no list of {"role": text, "content": text}.
+        ValueError: They are no list of {"role": text, "content": text or parts of text}.
     """
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(_content(m), str)
@@ -43,8 +43,18 @@ def chat_of(messages: Any) -> Chat | None:
 
 
 def _content(message: dict[str, Any]) -> Any:
-    """What a message says; where it calls tools it may say nothing."""
+    """What a message says; where it calls tools it may say nothing.
+
+    Raises:
+        ValueError: It has a part that is no text.
+    """
     said = message.get("content")
+    if isinstance(said, list):  # the parts that some programs write
+        other = [part for part in said if not isinstance(part, dict) or not isinstance(part.get("text"), str)]
+        if other:
+            kind = other[0].get("type") if isinstance(other[0], dict) else other[0]
+            raise ValueError(f"messages: `content` may hold text alone, not a part {kind!r}; leave it out")
+        return "".join(part["text"] for part in said)
     return "" if said is None and message.get("tool_calls") else said
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from koff_export.errors import KoffError
 from koff_export.files import fsync_path, read_json, sha256_file, write_json
 from koff_prune.progress import say
 
+_LOGGED = {"phase", "step", "loss", "sparsity"}
 SEAL = "complete"  # the file inside a whole checkpoint
 
 
@@ -35,6 +37,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
         say(f"{path}: {bad} is damaged, so that the checkpoint before it is gone on from")
         shutil.rmtree(path)
     return None
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The steps that a training told of (log.json), for curves alone; of a damaged file, none."""
+    try:
+        log = read_json(folder / "log.json")
+    except KoffError:
+        return []
+    whole = isinstance(log, list) and all(
+        isinstance(entry, dict) and entry.keys() >= _LOGGED for entry in log
+    )
+    return log if whole else []
 
 
 def step_of(checkpoint: Path) -> int:

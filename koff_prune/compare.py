@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from koff_export.files import read_json
 from koff_prune import ranks
 from koff_prune.arms import Arm, main_arm
+from koff_prune.checkpoints import read_log
 from koff_prune.evaluate import perplexities
 from koff_prune.leaks import sentences, shared_text
 from koff_prune.learn import steps_of_both
@@ -155,8 +156,7 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
             plans.setdefault(name, plan_arm(run, other, _place(run, other)).widths_of("ffn_neurons"))
     log: list[dict[str, Any]] = []
     for phase in ("learning", "settling"):
-        path = run.folder / "checkpoints" / phase / "log.json"
-        log += read_json(path) if path.exists() else []
+        log += read_log(run.folder / "checkpoints" / phase)
     begun, now = read_json(run.folder / "run.json")["versions"], versions()
     changed = [f"{name} {begun.get(name)} to {v}" for name, v in now.items() if begun.get(name) != v]
     notes = sentences(shared_text(run.domains))

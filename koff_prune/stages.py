@@ -18,7 +18,7 @@ from koff_export.files import read_json, staged_dir, write_json
 from koff_prune import ranks
 from koff_prune.arms import Arm
 from koff_prune.chat import tokens
-from koff_prune.checkpoints import newest_checkpoint, step_of
+from koff_prune.checkpoints import newest_checkpoint, read_log, step_of
 from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, cut_on_disk, load_backbone, save_backbone, slice_memory
 from koff_prune.device import on_device
@@ -167,6 +167,17 @@ def _save_learned(
     _drop_checkpoints(folder)
 
 
+def _load_learned(memories: Memories, name: str, run: Run, folder: Path, plan: Plan) -> None:
+    place = folder / "learned" / name
+    try:
+        memories.load(name, slice_memory(load_memory(place), plan, run.units))
+    except KoffError as error:
+        gates = folder / "gates.safetensors"
+        raise KoffError(
+            f"{place}: is missing or damaged; remove {gates}, and --resume learns it again"
+        ) from error
+
+
 def _start(run: Run, gates: GatesSection) -> tuple[Scores | None, float | None, Scores | None]:
     """What gates begin from, and of re-estimated ones prior_tokens and information (None where they stay)."""
     if gates.start == "constant":
@@ -285,8 +296,7 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
     if not ranks.agree(done.exists()):
         if arm.method == "koff" and arm.learned_with == arm.trained_with and plan is not None:
             for name in memories.names:
-                learned = load_memory(folder / "learned" / name)
-                memories.load(name, slice_memory(learned, plan, run.units))
+                _load_learned(memories, name, run, folder, plan)
             batches = run.recipe.step_batches
             first, settling = steps_of_both(learn, batches)
             phase = Phase(settling * learn.window * learn.batch * batches, _joint_share(learn), 1.0)
@@ -335,12 +345,10 @@ def train_logged(
     batches = run.recipe.step_batches
     steps = steps_of(phase.tokens, learn, batches)
     step_tokens = learn.window * learn.batch * batches
-    log_path = place / "log.json"
-    log: list[dict[str, Any]] = read_json(log_path) if log_path.exists() else []
     with ranks.turn():
         newest = newest_checkpoint(place)
     begun = step_of(newest) if newest else 0
-    log = [entry for entry in log if entry["step"] <= begun]
+    log = [entry for entry in read_log(place) if entry["step"] <= begun]
     structure = run.recipe.structure
     with bar(label, steps * step_tokens) as progress, run.timed(label, folder):
         progress.start_at(begun * step_tokens)
@@ -356,7 +364,7 @@ def train_logged(
         def save() -> None:
             if log and not ranks.rank():
                 place.mkdir(parents=True, exist_ok=True)
-                write_json(log_path, log)
+                write_json(place / "log.json", log)
 
         try:
             train(

@@ -68,6 +68,16 @@ def test_a_call_of_a_tool_is_what_the_assistant_says() -> None:
         chat_of([{"role": "user", "content": None}, call])
 
 
+def test_parts_of_text_are_one_text() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo."}]
+    asked = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    plain = chat_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
+    assert chat_of([asked, {"role": "assistant", "content": parts}]) == plain
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    with pytest.raises(ValueError, match="text alone, not a part 'image_url'; leave it out"):
+        chat_of([picture, {"role": "assistant", "content": "A cat."}])
+
+
 def test_a_greeting_is_read_and_half_a_character_a_question_mark() -> None:
     hello = {"role": "assistant", "content": "Hello!"}
     assert chat_of([hello]) is None and chat_of([hello, {"role": "user", "content": "Hi"}]) is None

@@ -130,6 +130,18 @@ def another_moment(out: Path, place: Path) -> str:
     return "statistics.safetensors: is missing or damaged; remove it, and --resume makes it again"
 
 
+def no_learned_cache(out: Path, place: Path) -> str:
+    (out / "learned" / "law" / "kv.safetensors").unlink()
+    shutil.rmtree(out / "memories")
+    return "learned/law: is missing or damaged; remove"
+
+
+def nothing_learned(out: Path, place: Path) -> str:
+    shutil.rmtree(out / "learned")
+    shutil.rmtree(out / "memories")
+    return "learned/law: is missing or damaged; remove"
+
+
 def a_list(out: Path, place: Path) -> str:
     (out / "run.json").write_text("[]")
     return "run.json: is damaged, or of a later version"
@@ -139,7 +151,7 @@ def a_list(out: Path, place: Path) -> str:
     "harm",
     [
         another_plan, another_text, fewer_losses, no_gates, another_gate, a_list, other_tokens,
-        other_documents, another_moment,
+        other_documents, another_moment, no_learned_cache, nothing_learned,
     ],
 )  # fmt: skip
 def test_what_is_not_this_runs_is_told(
@@ -160,12 +172,13 @@ def test_what_is_not_this_runs_is_told(
 def test_what_cannot_matter_is_made_again(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Seconds that are none, and other windows for `koff-run --score`."""
+    """Seconds and a log that are none, and other windows for `koff-run --score`."""
     out = tmp_path / "run"
     shutil.copytree(place / "whole", out)
     windows = (out / "domains" / "law.heldout.jsonl").read_bytes()
     one_bit(out / "domains" / "law.heldout.jsonl")
     (out / "times.json").write_text("[]")
+    (out / "checkpoints" / "settling" / "log.json").write_text('[{"step": 1}]')
     (out / "losses.json").unlink()
     assert koff_prune(capsys, "compare", place / "recipe.yaml", "--out", out, "--resume").code == 0
     assert (out / "domains" / "law.heldout.jsonl").read_bytes() == windows
