@@ -17,10 +17,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from koff_export import genai
 from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
-from koff_export.files import disk_errors, fsync_path, recover_below, staged_dir
+from koff_export.files import disk_errors, fsync_path, read_json, recover_below, staged_dir
 from koff_prune.adding import in_words_of_add, recipe_of, same_work
 from koff_prune.attach import attach, attach_memory
 from koff_prune.bundle_places import beside, check_places, shipped, unlisted
@@ -332,7 +333,21 @@ def _publish(
         for aside in others:
             aside.unlink(missing_ok=True)
     set_domain(bundle, name, told)
+    _tell_of_genai(bundle, manifest, name, told["kv_tokens"])
     return told
+
+
+def _tell_of_genai(bundle: Path, manifest: Manifest, name: str, kv_tokens: int) -> None:
+    """A learned cache takes positions of which onnxruntime-genai knows nothing; its file is not rewritten."""
+    if manifest.context is None or genai.CONFIG not in manifest.files:
+        return
+    left = manifest.context - kv_tokens
+    told = read_json(check_file(bundle, manifest, genai.CONFIG))["model"]["context_length"]
+    if left < told:
+        say(
+            f"{genai.CONFIG} says {told} positions, and memory '{name}' leaves {left}: there, set max_length"
+            f" to {left} at most"
+        )
 
 
 @contextmanager

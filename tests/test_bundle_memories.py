@@ -435,6 +435,16 @@ def test_a_cache_without_room_for_text_takes_no_ones_place(
     assert koff_prune(capsys, "verify", bundle).code == 0
 
 
+def test_a_longer_cache_than_genai_knows_of_is_told(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    context = json.loads((bundle / "koff.json").read_text())["context"]
+    compose = ("memory", "compose", bundle, "--of", "law+code", "--name")
+    both = koff_prune(capsys, *compose, "both")
+    says = f"says {context - 4} positions, and memory 'both' leaves {context - 8}: there, set max_length"
+    assert both.code == 0 and says in " ".join(both.err.split()), both.err
+    alike = koff_prune(capsys, *compose[:3], "--of", "law", "--name", "alike")
+    assert alike.code == 0 and "max_length" not in alike.err
+
+
 def test_what_was_unpacked_or_is_being_added_stays_too(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
