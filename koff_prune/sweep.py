@@ -2,26 +2,28 @@
 
 Every sub-run is an ordinary run in `seed-S/sparsity-X[-tokens-T]/` of the sweep's folder. What a seed's
 sub-runs have in common (token blocks, statistics, the dense model's losses, the ceiling) is made once and
-linked into the others. A finished sub-run is read, not run again.
+linked into the others. A finished sub-run is read, not run again, and is on the page whether it was asked for
+again or not: a sweep grows.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koff_export.errors import KoffError
-from koff_export.files import read_json, recover, staged_dir, write_json
+from koff_export.files import disk_errors, fsync_path, read_json, recover, staged_dir, write_json
 from koff_prune import ranks
 from koff_prune.lock import alone
 from koff_prune.pages import finite, infinite
 from koff_prune.places import is_moved, local_paths
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, Recipe
+from koff_prune.tensor_file import is_whole
 from koff_prune.verdict import Row
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ def sweep(
         sparsities: Targets, each in (0, 1).
         seeds: Of data order, memories and draws.
         tokens: Training tokens in all, divided between the phases as the recipe divides its own.
-        resume: Continue a sweep of the same recipe; more points may be asked for than before.
+        resume: Continue a sweep of the same recipe; other points may be asked for than before.
 
     Returns:
         What sweep.json holds.
@@ -143,11 +145,16 @@ def sweep(
         with ranks.turn():
             _enter(recipe, out, resume or ranks.rank() > 0)
         _check_targets(recipe, out, asked)
+        there = _finished(out)
+        _check_alike(recipe, out, _told_of(out, there))
         found = []
         for n, point in enumerate(asked, 1):
             say(f"sweep {n} of {len(asked)}: seed {point.seed}, sparsity {point.sparsity:g}"
                 + ("" if point.tokens is None else f", {point.tokens:,} tokens"))  # fmt: skip
-            found.append((point, *_compare_at(recipe, point, out, asked[: n - 1])))
+            before = [*asked[: n - 1], *(other for other in there if other not in asked)]
+            found.append((point, *_compare_at(recipe, point, out, before)))
+        found += [(p, *rows) for p in there if p not in asked and (rows := _rows_at(recipe, p, out))]
+        found.sort(key=lambda one: (one[0].seed, one[0].tokens or 0, one[0].sparsity))
         summary = summarise([(point, rows) for point, rows, _ in found], [w for *_, ws in found for w in ws])
         with ranks.turn():
             if not ranks.rank():
@@ -187,69 +194,112 @@ def _check_targets(recipe: Recipe, out: Path, asked: Sequence[Point]) -> None:
             even_plan(run.units, Point(first.seed, sparsity, None).recipe(recipe).structure)
 
 
+def _finished(out: Path) -> list[Point]:
+    """The points whose rows are there, or are but for those that the recipe has come to ask for."""
+    found = []
+    for path in sorted(out.glob(f"seed-*/sparsity-*/{ROWS}")):
+        told = _read_object(path).get("point")
+        if isinstance(told, dict) and told.keys() == {"seed", "sparsity", "tokens"}:
+            point = Point(**told)
+            if out / point.folder == path.parent:
+                found.append(point)
+    return found
+
+
+def _rows_at(recipe: Recipe, point: Point, out: Path) -> tuple[list[Row], list[str]] | None:
+    """The rows of a finished sub-run and what its report warns of; None if others are asked for by now."""
+    found = _read_object(out / point.folder / ROWS)
+    rows = found.get("rows")
+    if found.get("compare") != _asked_rows(recipe) or found.get("point") != vars(point) or not rows:
+        return None
+    for row in rows:
+        row.update({key: infinite(row[key]) for key in ("perplexity", "nll")})
+    return rows, found.get("warnings", [])
+
+
+def _asked_rows(recipe: Recipe) -> list[dict[str, Any]]:
+    return [row.model_dump(mode="json", exclude_none=True) for row in recipe.compare]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; none of a file that is damaged or not there: what it holds can be made again."""
+    try:
+        found = read_json(path)
+    except KoffError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _compare_at(
     recipe: Recipe, point: Point, out: Path, before: Sequence[Point]
 ) -> tuple[list[Row], list[str]]:
     """The rows of one sub-run, and what its report warns of."""
     folder = out / point.folder
-    finished = folder / ROWS
-    asked = [row.model_dump(mode="json", exclude_none=True) for row in recipe.compare]
-
-    def there() -> tuple[list[Row], list[str]] | None:
-        """The rows, if they are those that the recipe asks for by now."""
-        found = read_json(finished) if finished.exists() else None
-        if not isinstance(found, dict) or found.get("compare") != asked or found.get("point") != vars(point):
-            return None
-        for row in found["rows"]:
-            row.update({key: infinite(row[key]) for key in ("perplexity", "nll")})
-        return found["rows"], found.get("warnings", [])
-
-    if not ranks.agree(there() is not None):
+    if not ranks.agree(_rows_at(recipe, point, out) is not None):
         from koff_prune.api import compare
         from koff_prune.run import Run
 
-        mine = point.recipe(recipe)
-        with ranks.turn(), Run(mine, folder, resume=True) as run:
+        its_recipe = point.recipe(recipe)
+        with ranks.turn(), Run(its_recipe, folder, resume=True) as run:
             # of the same budget first: their texts need not be read again
             for other in sorted(before, key=lambda other: other.tokens != point.tokens):
-                if other.seed == point.seed and _is_of(run, out, other, point):
-                    share(out / other.folder, folder, same_budget=other.tokens == point.tokens)
-        rows = compare(mine, folder, resume=True)
+                same_budget = other.tokens == point.tokens
+                if other.seed == point.seed and _is_alike(run, out / other.folder, same_budget):
+                    share(out / other.folder, folder, same_budget=same_budget)
+            mine = {"weights": run.dense.fingerprint, "texts": _digests(run)}
+            _check_alike(recipe, out, {**_told_of(out, before), point.folder: mine})
+        rows = compare(its_recipe, folder, resume=True)
         with ranks.turn():
-            if there() is None:
-                warnings = read_json(folder / "report.json")["warnings"]
-                write_json(
-                    finished,
-                    finite({"point": vars(point), "compare": asked, "rows": rows, "warnings": warnings}),
-                )
-    found = there()
+            if _rows_at(recipe, point, out) is None:
+                told = {"point": vars(point), "compare": _asked_rows(recipe), "rows": rows,
+                        "warnings": read_json(folder / "report.json")["warnings"]}  # fmt: skip
+                write_json(folder / ROWS, finite(told))
+    found = _rows_at(recipe, point, out)
     assert found is not None
     return found
 
 
-def _is_of(run: Run, out: Path, other: Point, point: Point) -> bool:
-    """Whether a sub-run's files hold for `run` too: they are of its weights, its texts, its versions.
+def _is_alike(run: Run, source: Path, same_budget: bool) -> bool:
+    """Whether a sub-run's files hold for `run` too: they are of its weights, dtype, versions and texts.
+
+    Of the same budget the texts, as they were read there, are shared themselves.
+    """
+    mine = {**_read_object(run.folder / "run.json"), "weights": run.dense.fingerprint}
+    if not same_budget:
+        mine["texts"] = _digests(run)
+    theirs = _read_object(source / "run.json")
+    keys = mine.keys() & {"weights", "dtype", "versions", "texts"}
+    return all(theirs.get(key, mine[key]) == mine[key] for key in keys)
+
+
+def _digests(run: Run) -> dict[str, str]:
+    return {name: blocks.digest for name, blocks in run.domains.items()}
+
+
+def _told_of(out: Path, of: Sequence[Point]) -> dict[str, dict[str, Any]]:
+    """What run.json tells, by sub-run."""
+    return {point.folder: _read_object(out / point.folder / "run.json") for point in of}
+
+
+def _check_alike(recipe: Recipe, out: Path, told: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether sub-runs, of whatever seed, are of one model and one text.
 
     Raises:
-        KoffError: The model or a text has changed since the sub-run began: one sweep is of one.
+        KoffError: They are not: a mean over them would be a figure of nothing.
     """
-    source = out / other.folder
-    theirs, mine = read_json(source / "run.json"), {"weights": run.dense.fingerprint}
-    changed = ["model.source"] if theirs.get("weights", mine["weights"]) != mine["weights"] else []
-    if other.tokens != point.tokens:  # else the texts, as they were read there, are shared too
-        from koff_prune.domains import load_blocks
-
-        for name, blocks in run.domains.items():
-            path = source / "domains" / f"{name}.safetensors"
-            if path.exists() and load_blocks(path).digest != blocks.digest:
-                changed.append(f"domains.{name}.source")
-    if changed:
-        raise KoffError(
-            f"{out}: what {' and '.join(changed)} names has changed since {other.folder} began; choose"
-            " another --out"
-        )
-    mine = read_json(run.folder / "run.json")
-    return all(theirs.get(key) == mine.get(key) for key in ("dtype", "versions"))
+    first: dict[str, tuple[str, str]] = {}
+    for folder, run in told.items():
+        named = {f"domains.{name}.source": digest for name, digest in run.get("texts", {}).items()}
+        if "weights" in run and SEED not in str(
+            recipe.model.source
+        ):  # else every seed has a model of its own
+            named["model.source"] = run["weights"]
+        for key, digest in named.items():
+            other, was = first.setdefault(key, (folder, digest))
+            if was != digest:
+                raise KoffError(
+                    f"{out}: what {key} names has changed between {other} and {folder}; choose another --out"
+                )
 
 
 def share(source: Path, target: Path, *, same_budget: bool) -> None:
@@ -264,8 +314,10 @@ def share(source: Path, target: Path, *, same_budget: bool) -> None:
         for path in source.glob(pattern):
             place = target / path.relative_to(source)
             if path.is_file() and not place.exists():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _link(path, place)
+                if is_whole(path):
+                    _link(path, place)
+                else:
+                    say(f"{path}: is damaged, so that {target.name} makes one of its own")
             elif path.is_dir():
                 recover(place)
                 if not place.exists():
@@ -275,7 +327,16 @@ def share(source: Path, target: Path, *, same_budget: bool) -> None:
 
 def _link(source: str | Path, target: str | Path) -> None:
     """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with disk_errors(target):
+        try:
+            try:
+                os.link(source, aside)
+            except OSError:
+                shutil.copy2(source, aside)
+                fsync_path(aside)
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)

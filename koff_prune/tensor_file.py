@@ -105,6 +105,14 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(TensorFile(path))
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file is as `save_tensors` wrote it; all of it is read."""
+    try:
+        return all(tensor is not None for tensor in TensorFile(path).values())
+    except KoffError:
+        return False
+
+
 def _sum_of(tensor: torch.Tensor) -> str:
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)

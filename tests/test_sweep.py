@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from model_helpers import tiny_config
 from run_helpers import koff_prune, mistake, recipe_of
 from text_helpers import save_tiny_model
 
+from koff_export.errors import KoffError
 from koff_export.files import read_json
-from koff_prune.sweep import Point, points
+from koff_prune.sweep import Point, points, share
 from koff_prune.sweep_report import markdown, summarise
+from koff_prune.tensor_file import load_tensors, save_tensors
 
 
 def row(method: str, nats: float, seed: int, *, memory: str = "lora+kv", plan: str | None = None) -> Any:
@@ -219,10 +222,28 @@ def test_a_sweep_shares_resumes_and_grows(tmp_path: Path, capsys: pytest.Capture
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("memories/*/*")}
     refused = koff_prune(capsys, *command, "0.1,0.2")
     assert refused.code == 2 and "--resume" in refused.err
-    grown = koff_prune(capsys, *command, "0.1,0.2,0.05", "--resume")
+    rows = out / "seed-0/sparsity-0.2/rows.json"
+    rows.write_text(json.dumps({**read_json(rows), "rows": None}))  # as good as none, and made again
+    grown = koff_prune(capsys, *command, "0.2,0.05", "--resume")
     assert grown.code == 0, grown.err
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
-    assert [p["sparsity"] for p in json.loads((out / "sweep.json").read_text())["points"]] == [0.1, 0.2, 0.05]
+    again = json.loads((out / "sweep.json").read_text())["points"]
+    assert [p["sparsity"] for p in again] == [0.05, 0.1, 0.2], "what was not asked for again is still there"
+    assert again[1:] == summary["points"]
+    assert costs[0].samefile(out / "seed-0/sparsity-0.05/costs-surgeon.safetensors")
+    summary = again
+
+    shutil.rmtree(out / "seed-0/sparsity-0.2")
+    for name in ("costs-surgeon.safetensors", "statistics.safetensors"):
+        for folder in ("0.05", "0.1"):
+            whole = (out / f"seed-0/sparsity-{folder}" / name).read_bytes()
+            (out / f"seed-0/sparsity-{folder}" / name).unlink()
+            (out / f"seed-0/sparsity-{folder}" / name).write_bytes(whole[:-1])
+    mended = koff_prune(capsys, *command, "0.2", "--resume")
+    assert mended.code == 0 and "statistics.safetensors: is damaged" in " ".join(mended.err.split()), (
+        mended.err
+    )
+    assert json.loads((out / "sweep.json").read_text())["points"] == summary
 
 
 def test_every_budget_has_training_text_of_its_own(
@@ -387,7 +408,13 @@ def test_a_sweep_is_of_one_model_and_one_text(tmp_path: Path, capsys: pytest.Cap
     save_tiny_model(tmp_path / "model", tiny_config(num_hidden_layers=2, initializer_range=0.5))
     mistake(koff_prune(capsys, *command, "256,512"), "model.source", "another --out")
     shutil.rmtree(tmp_path / "s/seed-0/sparsity-0.1-tokens-512")
+    mistake(koff_prune(capsys, *command, "256", "--seed", "1"), "model.source", "seed-0", "seed-1")
+    shutil.rmtree(tmp_path / "s/seed-1")
     (tmp_path / "model/model.safetensors").write_bytes(weights)
+    law.write_text("another text altogether\n")
+    mistake(koff_prune(capsys, *command, "256", "--seed", "1"), "domains.law.source", "seed-0", "seed-1")
+    shutil.rmtree(tmp_path / "s/seed-1")
+    law.write_text(before)
     # made under other versions: true, but not to be shared with rows of these
     stamp = tmp_path / "s/seed-0/sparsity-0.1-tokens-256/run.json"
     told = read_json(stamp)
@@ -395,6 +422,27 @@ def test_a_sweep_is_of_one_model_and_one_text(tmp_path: Path, capsys: pytest.Cap
     assert koff_prune(capsys, *command, "256,512").code == 0
     files = [tmp_path / f"s/seed-0/sparsity-0.1-tokens-{n}/statistics.safetensors" for n in (256, 512)]
     assert not files[0].samefile(files[1])
+
+
+def test_where_no_file_can_have_two_names_a_copy_is_whole_or_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    def breaks_off(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:9])
+        raise OSError(28, "No space left on device")
+
+    save_tensors({"alpha": torch.ones(4)}, tmp_path / "a" / "statistics.safetensors")
+    monkeypatch.setattr("os.link", refuses)
+    with monkeypatch.context() as full:
+        full.setattr("shutil.copy2", breaks_off)
+        with pytest.raises(KoffError, match="statistics.safetensors: the disk is full"):
+            share(tmp_path / "a", tmp_path / "b", same_budget=True)
+    assert not list((tmp_path / "b").iterdir())
+    share(tmp_path / "a", tmp_path / "b", same_budget=True)
+    assert load_tensors(tmp_path / "b" / "statistics.safetensors")["alpha"].tolist() == [1.0] * 4
 
 
 def test_a_sweep_tells_what_its_reports_warn_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
