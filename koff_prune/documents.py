@@ -12,14 +12,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from koff_export.errors import KoffError
 from koff_prune.chat import Chat, chat_of
 from koff_prune.packages import fetch_files
 from koff_prune.progress import say
 from koff_prune.recipe import TextSource
-from koff_prune.records import Record, first_line, kind_of, records, rows
+from koff_prune.records import Record, first_line, kind_of, records, rows, text_of
 from koff_prune.templates import lookup, named_by, render
 
 _PIECE, _LONG_PIECE = 2_000, 8_000  # characters; see `_pieces`
@@ -144,7 +144,7 @@ def _tables(source: TextSource, cache: Path | None) -> Iterator[tuple[bool, Iter
     if len(files) == 1 and texts and not source.python_stdlib:
         yield True, _pieces(*texts[0])
     elif texts:
-        yield True, ({"key": name, "text": _read(path)} for name, path in texts)
+        yield True, ({"key": name, "text": text_of(path)} for name, path in texts)
 
 
 def _files(source: TextSource, cache: Path | None) -> list[tuple[str, Path]]:
@@ -158,7 +158,7 @@ def _files(source: TextSource, cache: Path | None) -> list[tuple[str, Path]]:
         smallest, largest = _STDLIB_BYTES
         return [
             (name, path)
-            for name, path in _walk(root, patterns or ["*.py"])
+            for name, path in _walk(root, patterns or ["*.py"], whole=False)
             if path.suffix == ".py"
             and not _STDLIB_SKIPPED.intersection(Path(name).parts)
             and smallest <= path.stat().st_size <= largest
@@ -177,11 +177,15 @@ def _files(source: TextSource, cache: Path | None) -> list[tuple[str, Path]]:
     return files
 
 
-def _walk(root: Path, patterns: list[str]) -> list[tuple[str, Path]]:
-    """Name and path of the files below a folder; links are followed, each folder is entered once."""
+def _walk(root: Path, patterns: list[str], *, whole: bool = True) -> list[tuple[str, Path]]:
+    """Name and path of the files below a folder; links are followed, each folder is entered once.
+
+    Raises:
+        KoffError: Of what must be `whole`, a folder may not be read, or a link leads nowhere.
+    """
     found: list[tuple[str, Path]] = []
     entered: set[str] = set()
-    for folder, inside, files in os.walk(root, followlinks=True):
+    for folder, inside, files in os.walk(root, onerror=_unreadable if whole else None, followlinks=True):
         place = os.path.realpath(folder)
         inside[:] = [] if place in entered else sorted(d for d in inside if not d.startswith("."))
         for file in [] if place in entered else files:
@@ -190,17 +194,15 @@ def _walk(root: Path, patterns: list[str]) -> list[tuple[str, Path]]:
             wanted = not file.startswith(".") and any(fnmatch.fnmatchcase(name, p) for p in patterns)
             if wanted and path.is_file():
                 found.append((name, path))
+            elif whole and wanted and path.is_symlink() and not path.exists():
+                raise KoffError(f"{path}: is a link to nothing; fetch it, or leave it out with `files`")
         entered.add(place)
     return found
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise KoffError(f"{path} is not UTF-8 text; convert it, or leave it out with `files`") from error
-    except OSError as error:
-        raise KoffError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+def _unreadable(error: OSError) -> NoReturn:
+    what = (error.strerror or str(error)).lower()
+    raise KoffError(f"cannot read the folder {error.filename}: {what}; mend it, or leave it out") from error
 
 
 def _pieces(name: str, path: Path) -> Iterator[Record]:
@@ -210,7 +212,7 @@ def _pieces(name: str, path: Path) -> Iterator[Record]:
     """
     piece: list[str] = []
     size = number = 0
-    for line in _read(path).splitlines(keepends=True):
+    for line in text_of(path).splitlines(keepends=True):
         piece.append(line)
         size += len(line)
         if size >= _LONG_PIECE or (size >= _PIECE and not line.strip()):

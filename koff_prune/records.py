@@ -78,9 +78,31 @@ def _json(path: Path, kind: str) -> Iterator[Record]:
         raise KoffError(f"{path} cannot be read as json: {first_line(error)}") from error
 
 
+def text_of(path: Path) -> str:
+    """The whole of a text file, unpacked where its name says that it is packed.
+
+    Raises:
+        KoffError: It is no UTF-8 text, damaged, or cannot be read.
+    """
+    try:
+        with _opened(path) as file:
+            return str(file.read())
+    except UnicodeDecodeError as error:
+        raise KoffError(f"{path} is not UTF-8 text; convert it, or leave it out with `files`") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        why = (getattr(error, "strerror", None) or first_line(error)).lower()
+        raise KoffError(f"cannot read {path}: {why}") from error
+
+
 def _opened(path: Path, newline: str | None = None) -> OpenFile:
-    """Text, unpacked on the way; the name means this file and no pattern."""
+    """Text, unpacked on the way; the name means this file and no pattern.
+
+    Raises:
+        KoffError: What would unpack it is not installed.
+    """
     packed = get_compression(path.name, "infer")
+    if packed is None and path.suffix.lower() in PACKED:
+        raise KoffError(f"{path}: what is packed so takes `pip install zstandard`; do so, or unpack it")
     return OpenFile(
         LocalFileSystem(), str(path), mode="rt", compression=packed, encoding="utf-8-sig", newline=newline
     )

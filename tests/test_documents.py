@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,42 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(KoffError, match="not UTF-8"):
         read(path=tmp_path / "a.txt")
+
+
+def test_what_cannot_be_read_is_not_left_out_unnoticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder without rights (which root has, so it is told so), and a link to nothing."""
+    for name in ("a.txt", "locked/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("words\n")
+    scan = os.scandir
+
+    def refuses(folder: str) -> object:
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", refuses)
+        with pytest.raises(KoffError, match="cannot read the folder .*locked: permission denied"):
+            read(path=tmp_path)
+    (tmp_path / "c.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(KoffError, match="c.txt: is a link to nothing; fetch it, or leave it out"):
+        read(path=tmp_path)
+    found = read(path=tmp_path, files=["a.txt", "locked/*"])
+    assert [text for _, text in found] == ["words", "words"]
+
+
+def test_a_packed_text_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("gr\u00fc\u00dfe\n".encode()))
+    assert [text for _, text in read(path=tmp_path)] == ["gr\u00fc\u00dfe"]
+    (tmp_path / "b.txt.xz").write_bytes(b"no archive")
+    with pytest.raises(KoffError, match="cannot read .*b.txt.xz"):
+        read(path=tmp_path)
+    (tmp_path / "b.txt.xz").rename(tmp_path / "b.jsonl.zst")
+    monkeypatch.setattr(
+        "koff_prune.records.get_compression", lambda *_: None
+    )  # as where zstandard is not installed
+    with pytest.raises(KoffError, match="b.jsonl.zst: .*pip install zstandard"):
+        read(path=tmp_path)
