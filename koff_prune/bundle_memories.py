@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from koff_export.errors import KoffError
 from koff_export.files import disk_errors, fsync_path, read_json, recover_below, staged_dir
 from koff_prune.adding import in_words_of_add, recipe_of, same_work
 from koff_prune.attach import attach, attach_memory
-from koff_prune.bundle_places import beside, check_places, shipped, unlisted
+from koff_prune.bundle_places import ADDING, beside, check_places, shipped, unlisted
 from koff_prune.bundling import MEMORY_LEARN, compose_saved
 from koff_prune.cut import load_backbone
 from koff_prune.device import on_device
@@ -35,9 +34,9 @@ from koff_prune.learn import Phase, spends, steps_of, train
 from koff_prune.lock import alone
 from koff_prune.memory import Memories, save_memory
 from koff_prune.numerics import CHECKED, TOLERANCE, numerics
-from koff_prune.packing import PACKED, extract
+from koff_prune.packing import extract, pack
 from koff_prune.progress import bar, say
-from koff_prune.weights import has_weights
+from koff_prune.weights import Weights, has_weights
 
 # what the manifest tells beyond sizes, where it is known
 _MORE = ("heldout", "trained", "composed", "unpacked")
@@ -102,7 +101,7 @@ def add_memory(
         manifest = open_manifest(bundle)  # as it is by now
         _check_name(bundle, manifest, name, replace)
         _check_length(manifest, name, recipe.memory.kv.tokens if recipe.memory.kv else 0)
-        work = bundle / f".adding-{name}"
+        work = bundle / f"{ADDING}{name}"
         tokenizer = AutoTokenizer.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
         with in_words_of_add(name):
             blocks = load_domain(name, recipe.domains[name], tokenizer, recipe, bos=manifest.bos)
@@ -174,7 +173,7 @@ def compose_memory(
 
 
 def remove_memory(bundle: Path, name: str) -> None:
-    """Takes a memory out of a bundle: first its entry, then its files.
+    """Takes a memory out of a bundle: first its entry, then its files; or what an addition left half-made.
 
     Raises:
         KoffError: No such memory.
@@ -182,6 +181,10 @@ def remove_memory(bundle: Path, name: str) -> None:
     with _changing(bundle):
         manifest = open_manifest(bundle)
         check_places(bundle, manifest, name)
+        work = bundle / f"{ADDING}{name}"
+        if work.is_dir() and name not in manifest.domains:
+            shutil.rmtree(work)
+            return
         if name not in unlisted(bundle, manifest):
             _told(bundle, manifest, name)
             set_domain(bundle, name, None)
@@ -212,16 +215,13 @@ def pack_memory(bundle: Path, name: str, target: Path) -> Path:
         check_file(bundle, manifest, file)
     contents = {
         "format": 1, "name": name, "plan": manifest.plan, "model": manifest.model,
-        "recovery": _recovery(manifest), "told": manifest.told["domains"][name],
+        "backbone": Weights.open(bundle).digest(), "told": manifest.told["domains"][name],
         "files": {Path(f).name: manifest.files[f] for f in files},
     }  # fmt: skip
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with disk_errors(target):
         try:
-            with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(PACKED, json.dumps(contents, indent=1))
-                for file in files:
-                    archive.write(bundle / file, Path(file).name)
+            pack(aside, contents, [bundle / file for file in files])
             aside.rename(target)
         finally:
             aside.unlink(missing_ok=True)
@@ -246,10 +246,10 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
                     f"{packed}: memory '{name}' is of plan {contents['plan'][:12]}, {bundle} of"
                     f" {manifest.plan[:12]}; a memory fits the backbone that it was trained on alone"
                 )
-            if contents.get("recovery") != _recovery(manifest):
+            if contents.get("backbone") != Weights.open(bundle).digest():
                 raise KoffError(
-                    f"{packed}: memory '{name}' was trained on a backbone of another `cut.recover` than"
-                    f" {bundle}'s; a memory fits the backbone that it was trained on alone"
+                    f"{packed}: memory '{name}' was trained on other weights than {bundle}'s, of the same"
+                    " plan; a memory fits the backbone that it was trained on alone"
                 )
             _check_name(bundle, manifest, name, replace)
             attach_memory(load_backbone(bundle), place)  # refuses the shapes of another backbone
@@ -258,12 +258,6 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
             return _publish(bundle, manifest, name, place, more)
         finally:
             shutil.rmtree(place, ignore_errors=True)
-
-
-def _recovery(manifest: Manifest) -> str | None:
-    """sha256 of what all domains recovered together, which the plan's digest does not tell."""
-    found = manifest.told.get("recovery")
-    return found if isinstance(found, str) else None
 
 
 def _check_name(bundle: Path, manifest: Manifest, name: str, replace: bool) -> None:

@@ -9,6 +9,8 @@ from koff_export.errors import KoffError
 from koff_export.files import safe_join
 from koff_prune.packing import check_spelling
 
+ADDING = ".adding-"  # and a name: where `memory add` trains, inside the bundle
+
 
 def beside(bundle: Path, name: str) -> tuple[Path, Path]:
     """Where a memory stands in the formats of others: ONNX, GGUF."""

@@ -18,7 +18,7 @@ from koff_export.files import read_json, sha256_file, staged_dir
 from koff_export.genai import write_genai_config
 from koff_export.hub import FOR_TORCH, local
 from koff_prune.attach import attach, attach_memory
-from koff_prune.bundle_places import shipped, unlisted
+from koff_prune.bundle_places import ADDING, shipped, unlisted
 from koff_prune.chat import tokens
 from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
@@ -87,7 +87,12 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
     ]
     if (target / "koff.json").exists():
         added += [name for name in unlisted(target, open_manifest(target)) if name not in recipe.domains]
-    added += [place.name.removeprefix(".adding-") for place in target.glob(".adding-*")]
+    unfinished = [place.name.removeprefix(ADDING) for place in target.glob(f"{ADDING}*")]
+    if unfinished:
+        raise KoffError(
+            f"{target}: is to be written anew, and `koff-prune memory add` of {', '.join(unfinished)} is not"
+            " finished there; finish it, or `koff-prune memory remove` it"
+        )
     if added:
         raise KoffError(
             f"{target}: is to be written anew, and holds memories that were added to it: {', '.join(added)};"

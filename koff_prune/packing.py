@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from koff_export.errors import KoffError
+from koff_export.files import disk_errors
 from koff_export.router import AUTO, BARE
 from koff_prune.memory import MEMORY_FILES
 
 PACKED = "koff-memory.json"  # the table of contents inside a packed memory
 _FILES = (*MEMORY_FILES.values(), "adapter_config.json", "README.md")
+_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that an archive can tell
 _LARGEST = 1 << 34  # bytes; no memory is larger
+
+
+def pack(target: Path, contents: dict[str, Any], files: list[Path]) -> None:
+    """Writes a packed memory: the same bytes from the same memory, whatever its files' times."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(zipfile.ZipInfo(PACKED, _TIME), json.dumps(contents, indent=1))
+        for file in files:
+            entry = zipfile.ZipInfo(file.name, _TIME)
+            entry.file_size = file.stat().st_size
+            with file.open("rb") as source, archive.open(entry, "w") as into:
+                shutil.copyfileobj(source, into, 1 << 20)
 
 
 def extract(packed: Path, into: Path) -> dict[str, Any]:
@@ -31,7 +45,8 @@ def extract(packed: Path, into: Path) -> dict[str, Any]:
             _check_contents(packed, contents, entries)
             for file, entry in entries.items():
                 seen = hashlib.sha256()
-                with archive.open(entry) as source, open(into / file, "xb") as target:
+                place = into / file
+                with archive.open(entry) as source, disk_errors(place), place.open("xb") as target:
                     while piece := source.read(1 << 20):
                         seen.update(piece)
                         target.write(piece)

@@ -34,7 +34,7 @@ def save_tensors(
     """
     notes = notes or {}
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    sums = {name: _sum_of(tensor) for name, tensor in whole.items()} | {_NOTES: _sum_of_notes(notes)}
+    sums = {name: sum_of(tensor) for name, tensor in whole.items()} | {_NOTES: _sum_of_notes(notes)}
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class TensorFile(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         with safe_open(self._path, framework="pt") as file:
             found: torch.Tensor = file.get_tensor(name).clone()
-        if self._sums and self._sums.get(name) != _sum_of(found):
+        if self._sums and self._sums.get(name) != sum_of(found):
             raise self._damaged()
         return found
 
@@ -113,7 +113,8 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def _sum_of(tensor: torch.Tensor) -> str:
+def sum_of(tensor: torch.Tensor) -> str:
+    """Hex SHA-256 of a tensor's dtype, shape and bytes."""
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

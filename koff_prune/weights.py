@@ -6,6 +6,7 @@ it comes, behind a header that is known before the first tensor. So a model of a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, read_json, write_json
+from koff_prune.tensor_file import sum_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -110,6 +112,11 @@ class Weights:
         """Every tensor in the order of the files, each gone before the next."""
         for name in self.entries:
             yield name, self.read([name])[name]
+
+    def digest(self) -> str:
+        """Hex SHA-256 of every tensor by name, whichever files they stand in; all of them are read."""
+        sums = {name: sum_of(tensor) for name, tensor in self.one_by_one()}
+        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
     def check_head(self, config: PretrainedConfig, name: str) -> None:
         """Refuses a head of its own under a config that ties it: transformers leaves it, a cut would drop it.

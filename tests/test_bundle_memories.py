@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from model_helpers import tiny_config, token_ids
 from run_helpers import koff_prune, mistake, recipe_of
+from safetensors.torch import load_file, save_file
 
 import koff_prune as package
 from koff_export.bundle import check_files, open_manifest, set_domain
@@ -203,6 +205,24 @@ def test_a_memory_travels_alone(place: Path, bundle: Path, capsys: pytest.Captur
     assert other.code == 2 and "of plan" in other.err and other.err.count("\n") == 1
 
 
+def test_a_pack_knows_no_times_and_other_weights(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes of files of any age; refused where weights differ under one plan."""
+    files = [bundle.with_name(name) for name in ("one.koffmem", "other.koffmem")]
+    assert koff_prune(capsys, "memory", "pack", bundle, "law", "-o", files[0]).code == 0
+    for n, path in enumerate((bundle / "memories/law").iterdir()):
+        os.utime(path, (n * 6e9, n * 6e9))  # 1970, 2160, ...
+    monkeypatch.setattr("time.time", lambda: 1e5)
+    assert koff_prune(capsys, "memory", "pack", bundle, "law", "-o", files[1]).code == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+    weights = load_file(bundle / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 0.5
+    save_file(weights, bundle / "model.safetensors", metadata={"format": "pt"})
+    answer = koff_prune(capsys, "memory", "unpack", files[0], bundle, "--replace")
+    mistake(answer, "trained on other weights than")
+
+
 def rewritten(file: Path, change: Any) -> Path:
     """The packed memory with its table and members changed by `change(table, members)`."""
     with zipfile.ZipFile(file) as archive:
@@ -256,8 +276,8 @@ def half_a_letter(table: Any, members: Any) -> None:
     table["told"]["heldout"] = {"text": "\ud800"}
 
 
-def other_recovery(table: Any, members: Any) -> None:
-    table["recovery"] = "0" * 64
+def other_weights(table: Any, members: Any) -> None:
+    table["backbone"] = "0" * 64
 
 
 def retold(table: Any, members: Any, **changes: Any) -> None:
@@ -290,7 +310,7 @@ TAMPERED = [
 ]
 
 
-@pytest.mark.parametrize("change", [*TAMPERED, other_recovery])
+@pytest.mark.parametrize("change", [*TAMPERED, other_weights])
 def test_a_hostile_pack_is_refused(
     bundle: Path, capsys: pytest.CaptureFixture[str], change: Any, tmp_path: Path
 ) -> None:
@@ -463,7 +483,8 @@ def test_what_was_unpacked_or_is_being_added_stays_too(
     (run / "bundle" / ".adding-sea").mkdir()
     refused = koff_prune(capsys, *export)
     assert refused.code == 2 and "sea" in refused.err
-    (run / "bundle" / ".adding-sea").rmdir()
+    assert koff_prune(capsys, "memory", "remove", run / "bundle", "sea").code == 0, "what the sentence tells"
+    assert not (run / "bundle" / ".adding-sea").exists()
     assert koff_prune(capsys, "memory", "unpack", packed, run / "bundle", "--replace").code == 0
     refused = koff_prune(capsys, *export)
     assert refused.code == 2 and "law" in refused.err
