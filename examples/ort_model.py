@@ -7,11 +7,15 @@ transformers, so the script makes an environment of its own (ort-env/, once) and
 it runs koff_export's Runtime.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import venv
 from pathlib import Path
+
+from koff_export.errors import KoffError
+from koff_export.runtime import Runtime
 
 HOME = Path("ort-env")
 PINS = ("torch==2.13.0", "transformers==4.57.6", "optimum==2.1.0", "optimum-onnx==0.1.0", "onnxruntime")
@@ -30,28 +34,32 @@ print(json.dumps(found[0, len(ids):].tolist()))
 
 
 def environment() -> Path:
-    """The interpreter of the environment that optimum-onnx lives in."""
-    python = HOME / "bin" / "python"
-    if not python.exists():
-        venv.create(HOME, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PINS], check=True)
+    """The interpreter of the environment that optimum-onnx lives in; a half-made one is made anew."""
+    python, whole = HOME / "bin" / "python", HOME / "complete"
+    if not whole.exists():
+        venv.create(HOME, with_pip=True, clear=True)
+        done = subprocess.run([python, "-m", "pip", "install", "--quiet", *PINS])
+        if done.returncode:
+            raise KoffError(f"{HOME}: pip could not install {', '.join(PINS)}; its own words stand above")
+        whole.touch()
     return python
 
 
 def main() -> None:
-    from koff_export.runtime import Runtime
-
-    bundle = Path(sys.argv[1])
-    runtime = Runtime.open(bundle)
-    ids = runtime.encode(sys.argv[2] if len(sys.argv) > 2 else "The treatment of asthma is")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("prompt", nargs="?", default="The treatment of asthma is")
+    asked = parser.parse_args()
+    runtime = Runtime.open(asked.bundle)
+    ids = runtime.encode(asked.prompt)
     ours, text = [], list(ids)
     for _ in range(NEW_TOKENS):
         text.append(int(runtime.logits(text, None)[-1].argmax()))
         ours.append(text[-1])
-    command = [environment(), "-c", INSIDE, bundle, json.dumps(ids), str(NEW_TOKENS)]
+    command = [environment(), "-c", INSIDE, asked.bundle, json.dumps(ids), str(NEW_TOKENS)]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
-        sys.exit(answer.stderr)
+        raise KoffError(f"{asked.bundle}: optimum does not run it: {answer.stderr.strip()[-300:]}")
     theirs = json.loads(answer.stdout.splitlines()[-1])
     print("koff_export:        ", ours)
     print("ORTModelForCausalLM:", theirs)
@@ -59,4 +67,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KoffError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -5,25 +5,33 @@ python examples/torch_pruning_script.py MODEL TEXT_FILE [RATIO]
 MODEL is a folder or hub id of a Llama, Qwen2, Qwen3 or Gemma 3 model; TEXT_FILE the text to score units on.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from koff_prune import KoffError
 from koff_prune.cut import save_backbone
 from koff_prune.scores import collect
 from koff_prune.torch_pruning import GroupedQueryPruner, UnitImportance, read_units
 
 
 def main() -> None:
-    name, text = sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8")
-    ratio = float(sys.argv[3]) if len(sys.argv) > 3 else 0.2
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
-    tokens = AutoTokenizer.from_pretrained(name)(text, return_tensors="pt").input_ids[0][:5120]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("ratio", type=float, nargs="?", default=0.2)
+    asked = parser.parse_args()
+    text, ratio = asked.text.read_text(encoding="utf-8"), asked.ratio
+    model = (
+        AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval().requires_grad_(False)
+    )
+    tokens = AutoTokenizer.from_pretrained(asked.model)(text, return_tensors="pt").input_ids[0][:5120]
     windows, test = tokens[:4096].split(256), tokens[4096:]
     if len(test) < 2:
-        sys.exit(f"{sys.argv[2]}: {len(tokens)} tokens; give more than 4,097, to score on and to test with")
+        raise KoffError(f"{asked.text}: {len(tokens)} tokens; give over 4,097, to score on and to test with")
 
     units = read_units(model)
     statistics = collect(model, units, ["ffn_neurons"], windows)
@@ -44,4 +52,8 @@ def loss(model: AutoModelForCausalLM, tokens: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KoffError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,8 +1,9 @@
-"""Opens a bundle in torch, attaches a memory, and generates.
+"""Opens a bundle in torch, attaches a memory ("none": the bare backbone), and generates.
 
 python examples/use_bundle.py runs/quickstart/bundle python "def fibonacci(n):"
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,18 +11,29 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from koff_prune import load_bundle
+from koff_prune import KoffError, load_bundle
 
-if len(sys.argv) != 4:
-    sys.exit(__doc__)
-bundle, memory, prompt = sys.argv[1:]
-model = load_bundle(bundle, memory=None if memory == "none" else memory)
-tokenizer = AutoTokenizer.from_pretrained(bundle)
-bos = json.loads((Path(bundle) / "koff.json").read_text())[
-    "bos"
-]  # what the memories were trained behind, if anything
-ids = ([] if bos is None else [bos]) + tokenizer(prompt, add_special_tokens=False).input_ids
-out = model.generate(
-    torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id
-)
-print(tokenizer.decode(out[0], skip_special_tokens=True))
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for name in ("bundle", "memory", "prompt"):
+        parser.add_argument(name)
+    asked = parser.parse_args()
+    model = load_bundle(asked.bundle, memory=None if asked.memory == "none" else asked.memory)
+    tokenizer = AutoTokenizer.from_pretrained(asked.bundle)
+    bos = json.loads((Path(asked.bundle) / "koff.json").read_text())[
+        "bos"
+    ]  # what memories were trained behind
+    ids = ([] if bos is None else [bos]) + tokenizer(asked.prompt, add_special_tokens=False).input_ids
+    out = model.generate(
+        torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    print(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (KoffError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

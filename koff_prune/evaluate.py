@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
 
+from koff_export.errors import KoffError
+from koff_export.files import read_json
 from koff_prune.chat import tokens_and_labels
 from koff_prune.memory import Memories
+from koff_prune.pages import infinite
 
 _MOST = 700.0  # nats whose exponential is a float
 
@@ -65,3 +70,23 @@ def perplexities(losses: Mapping[str, list[float]], counts: Mapping[str, Sequenc
     means = {name: mean_nats(values, counts[name]) for name, values in losses.items()}
     means["gmean"] = sum(means.values()) / len(means)
     return {name: perplexity(value) for name, value in means.items()}
+
+
+def read_losses(path: Path, windows: Mapping[str, int]) -> dict[str, list[float]]:
+    """The losses of a file that a run has written, by domain.
+
+    Args:
+        path: Of the file.
+        windows: By domain, how many losses there must be.
+
+    Raises:
+        KoffError: Others are there, or none that can be read.
+    """
+    damaged = KoffError(f"{path}: is damaged; remove it, and --resume makes it again")
+    try:
+        found: Any = infinite(read_json(path))
+    except KoffError as error:
+        raise damaged from error
+    if not isinstance(found, dict) or {name: len(values) for name, values in found.items()} != windows:
+        raise damaged
+    return found

@@ -221,8 +221,9 @@ def check_steps(learn: Learn, batches: int) -> None:
     for (key, tokens), steps in zip(asked.items(), steps_of_both(learn, batches), strict=True):
         if tokens and not steps:
             raise KoffError(
-                f"{key}: {tokens} make no step of {step} tokens (learn.window x learn.batch x domains):"
-                " raise it, lower learn.batch, or set 0"
+                f"{key}: {tokens} make no step of {step} tokens (learn.window {learn.window} x learn.batch"
+                f" {learn.batch} x the {batches} that the domains' weights sum up to): raise it, lower one of"
+                " these, or set 0"
             )
 
 

@@ -23,7 +23,7 @@ from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, cut_on_disk, load_backbone, save_backbone, slice_memory
 from koff_prune.device import on_device
 from koff_prune.domains import learned_tokens
-from koff_prune.evaluate import mean_nats, window_losses
+from koff_prune.evaluate import mean_nats, read_losses, window_losses
 from koff_prune.gates import RE_ESTIMATED, Gates
 from koff_prune.learn import Phase, spends, steps_of, steps_of_both, train
 from koff_prune.memory import Memories, load_memory, save_memory
@@ -393,8 +393,4 @@ def losses_of(
                         result[name] = window_losses(memories, blocks.heldout, who, progress)
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(path, finite(result))
-    found: Any = infinite(read_json(path))
-    counts = {name: len(blocks.heldout) for name, blocks in run.domains.items()}
-    if not isinstance(found, dict) or {name: len(values) for name, values in found.items()} != counts:
-        raise KoffError(f"{path}: is damaged; remove it, and --resume makes it again")
-    return found
+    return read_losses(path, {name: len(blocks.heldout) for name, blocks in run.domains.items()})

@@ -98,6 +98,11 @@ def fewer_losses(out: Path, place: Path) -> str:
     return "losses.json: is damaged; remove it, and --resume makes it again"
 
 
+def half_of_the_losses(out: Path, place: Path) -> str:
+    cut_short(out / "losses.json")
+    return "losses.json: is damaged; remove it, and --resume makes it again"
+
+
 def no_gates(out: Path, place: Path) -> str:
     cut_short(out / "gates.safetensors")
     (out / "plan.json").unlink()
@@ -150,8 +155,8 @@ def a_list(out: Path, place: Path) -> str:
 @pytest.mark.parametrize(
     "harm",
     [
-        another_plan, another_text, fewer_losses, no_gates, another_gate, a_list, other_tokens,
-        other_documents, another_moment, no_learned_cache, nothing_learned,
+        another_plan, another_text, fewer_losses, half_of_the_losses, no_gates, another_gate, a_list,
+        other_tokens, other_documents, another_moment, no_learned_cache, nothing_learned,
     ],
 )  # fmt: skip
 def test_what_is_not_this_runs_is_told(

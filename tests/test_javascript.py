@@ -74,6 +74,24 @@ def test_node_says_the_same_tokens(
         assert [int(token) for token in few_bits.stdout.split()] == ours, few_bits.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("bundle", "constructor", "5,9"), "no memory constructor; it has "),
+        (("bundle", "law", ""), "usage: node node.mjs BUNDLE"),
+        (("bundle", "law", "5,x"), "usage: node node.mjs BUNDLE"),
+        (("bundle", "law", "5,999999"), "tokens: the model knows those below"),
+        (("bundle", "law", "5", "toString"), "no JavaScript graph in toString"),
+        (("nowhere", "law", "5"), "nowhere"),
+    ],
+)
+def test_node_tells_a_mistake(site: Path, arguments: tuple[str, ...], says: str) -> None:
+    command = ["node", "node.mjs", *arguments]
+    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and says in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.timeout(240)
 def test_a_browser_says_the_same_tokens(site: Path, expected: dict[str | None, list[int]]) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -43,7 +43,8 @@ export class Bundle {
 
   static async open(ort, read, createSession, precision = "fp32") {
     const manifest = JSON.parse(text.decode(await read("koff.json")));
-    const path = manifest.graph?.javascript?.[precision];
+    const graphs = manifest.graph?.javascript ?? {};
+    const path = Object.hasOwn(graphs, precision) && graphs[precision];
     if (!path) throw new Error(`the bundle has no JavaScript graph in ${precision}: export.onnx.javascript: true makes one`);
     // int8 weights become float32 when the graph is opened; int8_dynamic, of the same file, computes in 8 bits
     const options = precision === "int8" ? { extra: { session: { disable_quant_qdq: "1" } } } : {};
@@ -62,8 +63,9 @@ export class Bundle {
     });
     const found = { lora: {}, kv: {} };
     if (name != null) {
+      if (!Object.hasOwn(manifest.domains, name))
+        throw new Error(`the bundle has no memory ${name}; it has ${Object.keys(manifest.domains).join(", ")}`);
       const told = manifest.domains[name];
-      if (!told) throw new Error(`the bundle has no memory ${name}; it has ${Object.keys(manifest.domains).join(", ")}`);
       if (told.lora_rank) found.lora = readSafetensors(await this.read(`${told.peft}/adapter_model.safetensors`));
       if (told.kv_tokens) found.kv = readSafetensors(await this.read(`${told.peft}/kv.safetensors`));
       for (const [tensor, { shape, data }] of Object.entries(found.kv))
