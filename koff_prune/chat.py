@@ -27,11 +27,13 @@ def chat_of(messages: Any) -> Chat | None:
     Raises:
         ValueError: They are no list of {"role": text, "content": text or parts of text}.
     """
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(_content(m), str)
-        for m in messages
-    ):
-        raise ValueError('messages must be a list of {"role": "…", "content": "…"}')
+    if not isinstance(messages, list):
+        raise ValueError(
+            f'messages must be a list of {{"role": "…", "content": "…"}}, not {_short(messages)}'
+        )
+    for m in messages:
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(_content(m), str)):
+            raise ValueError(f'a message must be {{"role": "…", "content": "…"}}, not {_short(m)}')
     # whole, for templates know more than the two: an assistant that calls a tool says nothing else
     turns = [{k: v for k, v in m.items() if v is not None} | {"content": _content(m)} for m in messages]
     answers = [turn for turn in turns[1:] if turn["role"] == "assistant"]  # a greeting answers nothing
@@ -40,6 +42,11 @@ def chat_of(messages: Any) -> Chat | None:
     # halves of characters, which JSON can spell, are no text that a tokenizer takes
     whole = json.dumps(turns, ensure_ascii=False, default=str).encode("utf-8", "replace")
     return Chat(whole.decode())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _content(message: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from koff_export.errors import KoffError
-from koff_prune.chat import Chat, chat_of
+from koff_prune.chat import chat_of
 from koff_prune.packages import fetch_files
 from koff_prune.progress import say
 from koff_prune.recipe import TextSource
@@ -45,67 +45,66 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
     """
     remove = re.compile(source.remove) if source.remove else None
     all_rows = (
-        (i, named, record) for i, (named, table) in enumerate(_tables(source, cache)) for record in table
+        (i, named, f"{place}: record {n}", record)
+        for i, (named, place, table) in enumerate(_tables(source, cache))
+        for n, record in enumerate(table, 1)
     )
     fields: list[str] = []
-    found, read, empty = False, 0, 0
+    read = empty = nameless = 0
     for (_, named), table in groupby(islice(all_rows, source.limit), key=lambda row: row[:2]):
-        key_template = source.key or ("{key}" if named else None)
-        if source.messages:
-            for _, _, record in table:
-                if _wanted(record, source) and (chat := _chat(source, record, key_template)) is not None:
-                    found = True
-                    yield chat
-            continue
+        template = source.key or ("{key}" if named else None)
         grouped: dict[str, list[str]] = {}
-        for _, _, record in table:
+        for _, _, place, record in table:
             fields = fields or list(record)
             if not _wanted(record, source):
                 continue
             try:
-                text = render(source.text, record)
-                key = named_by(key_template, record) if key_template else ""
+                if source.messages:
+                    text: str = chat_of(lookup(record, source.messages)) or ""
+                else:
+                    text = render(source.text, record)
+                    text = (remove.sub("", text) if remove else text).strip()
+                key = named_by(template, record) if template else ""
             except ValueError as error:
-                raise KoffError(f"{describe(source)}: {error}") from error
-            text = (remove.sub("", text) if remove else text).strip()
+                under = f" under `messages: {source.messages}`" if source.messages else ""
+                raise KoffError(f"{place}{under}: {error}; the fields are {', '.join(record)}") from error
             read += 1
+            empty += not text
+            nameless += bool(text and not key)
             if not text:
-                empty += 1
                 continue
-            found = True
-            if key_template is None:
-                yield text, text
+            if template is None or source.messages:
+                yield key or text, text
             else:
                 grouped.setdefault(key or text, []).append(text)
         for key, texts in grouped.items():
             yield key, texts[0] if len(set(texts)) == 1 else "\n".join(texts)
-    if empty and found:
-        lost = f"{empty} of {read} records give no text"
-        say(f'{describe(source)}: {lost} under `text: "{source.text}"`, and are left out')
-    if source.messages and not found:
-        raise KoffError(
-            f"{describe(source)}: no record has an assistant's turn that answers something in"
-            f" `{source.messages}`"
-        )
-    if fields and not found:
+    _tell(source, fields, read, empty, nameless)
+
+
+def _tell(source: TextSource, fields: list[str], read: int, empty: int, nameless: int) -> None:
+    """Says how many records gave nothing, or no key; refuses keys of a recipe that give nothing at all."""
+    known = f"; the fields are {', '.join(fields)}"
+    found = read - empty
+    if source.messages:
+        what = f"an assistant's turn that answers something in `{source.messages}`"
+        if fields and not found:
+            raise KoffError(f"{describe(source)}: no record has {what}{known}")
+        if empty:
+            say(f"{describe(source)}: {empty} of {read} records have no {what[3:]}, and are left out")
+    elif fields and not found:
         where = f" and `where: {source.where}`" if source.where else ""
         raise KoffError(
-            f'{describe(source)}: no record gives any text under `text: "{source.text}"`{where}; '
-            f"the fields are {', '.join(fields)}"
+            f'{describe(source)}: no record gives any text under `text: "{source.text}"`{where}{known}'
         )
-
-
-def _chat(source: TextSource, record: Record, key: str | None) -> tuple[str, Chat] | None:
-    """A record's key and conversation; None where the assistant says nothing."""
-    assert source.messages is not None
-    try:
-        chat = chat_of(lookup(record, source.messages))
-        return None if chat is None else ((named_by(key, record) if key else "") or str(chat), chat)
-    except ValueError as error:
-        raise KoffError(
-            f"{describe(source)}: under `messages: {source.messages}`: {error};"
-            f" the fields are {', '.join(record)}"
-        ) from error
+    elif empty:
+        lost = f"{empty} of {read} records give no text"
+        say(f'{describe(source)}: {lost} under `text: "{source.text}"`, and are left out')
+    if source.key and nameless:
+        if nameless == found:
+            raise KoffError(f'{describe(source)}: no record gives any key under `key: "{source.key}"`{known}')
+        lost = f"{nameless} of {found} records give no key"
+        say(f'{describe(source)}: {lost} under `key: "{source.key}"`, and stand for themselves')
 
 
 def describe(source: TextSource) -> str:
@@ -129,22 +128,25 @@ def _says(found: Any, value: Any) -> bool:
     return bool(found == value) and isinstance(found, bool) == isinstance(value, bool)
 
 
-def _tables(source: TextSource, cache: Path | None) -> Iterator[tuple[bool, Iterable[Record]]]:
-    """Per file, whether its records name themselves (fields `key` and `text`), and the records."""
+def _tables(source: TextSource, cache: Path | None) -> Iterator[tuple[bool, str, Iterable[Record]]]:
+    """Per file: whether its records name themselves (fields `key` and `text`), its name, its records."""
     if source.hub:
-        yield False, _hub(source)
+        yield False, describe(source), _hub(source)
         return
     files = sorted(_files(source, cache))
     texts = [(name, path) for name, path in files if kind_of(path) == "text"]
-    for _, path in files:
+    tables = [path for _, path in files if kind_of(path) != "text"]
+    if source.query and not any(kind_of(path) == "sqlite" for path in tables):
+        raise KoffError(f"{describe(source)}: holds no SQLite file for `query` to read; leave `query` out")
+    for path in tables:
         if (kind := kind_of(path)) == "sqlite":
-            yield True, rows(path, source.query)
-        elif kind != "text":
-            yield False, records(path, kind)
+            yield True, str(path), rows(path, source.query)
+        else:
+            yield False, str(path), records(path, kind)
     if len(files) == 1 and texts and not source.python_stdlib:
-        yield True, _pieces(*texts[0])
+        yield True, describe(source), _pieces(*texts[0])
     elif texts:
-        yield True, ({"key": name, "text": text_of(path)} for name, path in texts)
+        yield True, describe(source), ({"key": name, "text": text_of(path)} for name, path in texts)
 
 
 def _files(source: TextSource, cache: Path | None) -> list[tuple[str, Path]]:
@@ -165,6 +167,8 @@ def _files(source: TextSource, cache: Path | None) -> list[tuple[str, Path]]:
         ]
     root = Path(source.path or "").expanduser()
     if root.is_file():
+        if patterns and not any(fnmatch.fnmatchcase(root.name, p) for p in patterns):
+            raise KoffError(f"path {source.path}: is one file, which {patterns} does not match; mend `files`")
         return [(root.name, root)]
     if not root.is_dir():
         raise KoffError(f"path {source.path}: there is no such file or folder")

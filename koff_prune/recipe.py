@@ -67,6 +67,9 @@ class ModelSection(Section):
     )
 
 
+_OF_ORIGIN = {"hub": ("config", "revision", "dataset_split"), "package": ("sha256",)}
+
+
 class TextSource(Section):
     """Where documents come from: one of path, hub, package, python_stdlib. A bare text is a path."""
 
@@ -127,6 +130,12 @@ class TextSource(Section):
                 "needs exactly one of path, hub, package, python_stdlib; it has "
                 + (" and ".join(given) if given else "none of them")
             )
+        for origin, keys in _OF_ORIGIN.items():
+            for key in keys if given != [origin] else ():
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"`{key}` belongs to `{origin}` and does nothing for {given[0]}; leave it out"
+                    )
         if self.messages and (self.text != "{text}" or self.remove or self.query):
             raise ValueError(
                 "`messages` takes the place of `text`, `remove` and `query`; give one or the other"

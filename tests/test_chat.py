@@ -17,11 +17,12 @@ from torch.nn import functional
 from koff_export.cli import main as koff_run
 from koff_export.errors import KoffError
 from koff_prune.chat import Chat, chat_of, chat_tokens, tokens, tokens_and_labels
+from koff_prune.documents import documents
 from koff_prune.domains import load_blocks, load_domain
 from koff_prune.evaluate import window_losses
 from koff_prune.memory import Memories
 from koff_prune.reading import load_recipe
-from koff_prune.recipe import Memory
+from koff_prune.recipe import Memory, TextSource
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
@@ -64,7 +65,7 @@ def test_a_call_of_a_tool_is_what_the_assistant_says() -> None:
     assert talk is not None
     _, labels = tokens_and_labels(torch.tensor(chat_tokens(talk, made)))
     assert made.decode(labels[labels >= 0]) == "[look]</assistant>\n"
-    with pytest.raises(ValueError, match="must be a list"):
+    with pytest.raises(ValueError, match='a message must be .*, not {"role": "user", "content": null}'):
         chat_of([{"role": "user", "content": None}, call])
 
 
@@ -127,7 +128,7 @@ def test_windows_and_templates_do_not_both_begin_with_bos(tmp_path: Path) -> Non
 def test_what_is_no_conversation_is_told() -> None:
     assert chat_of(TALK[:2]) is None
     for wrong in ("text", [{"role": "user"}], [{"role": "user", "content": 3}]):
-        with pytest.raises(ValueError, match="must be a list"):
+        with pytest.raises(ValueError, match="messages? must be "):
             chat_of(wrong)
     with pytest.raises(KoffError, match="no chat template"):
         chat_tokens(Chat(json.dumps(TALK)), tokenizer(None))
@@ -195,7 +196,11 @@ def test_a_run_learns_from_messages(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         ({"messages": "talk", "text": "{x}"}, "takes the place of `text`"),
         ({"messages": "nothing"}, "nothing"),
-        ({"messages": "id"}, "must be a list"),
+        ({"messages": "id"}, "talks.jsonl: record 1 under `messages: id`: messages must be a list"),
+        (
+            {"messages": "talk", "key": "{idd}"},
+            'no record gives any key under `key: "{idd}"`; the fields are id',
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -205,6 +210,22 @@ def test_mistakes_are_one_sentence(
     recipe = recipe_of(tmp_path, domains={"chat": {"source": {"path": "talks.jsonl", **source}}})
     answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
     assert answer.code == 2 and says in answer.err and answer.err.count("error: ") == 1
+
+
+def test_a_bad_message_is_located_and_lost_ones_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talks = [{"talk": TALK if n % 3 else TALK[:2]} for n in range(9)]
+    jsonl(tmp_path / "talks.jsonl", talks)
+    source = TextSource(path=str(tmp_path / "talks.jsonl"), messages="talk")
+    assert len(list(documents(source))) == 6
+    told = " ".join(capsys.readouterr().err.split())
+    assert "3 of 9 records have no assistant's turn that answers something in `talk`" in told
+    jsonl(tmp_path / "talks.jsonl", [*talks, {"talk": [{"role": "usr", "content": 5}]}])
+    with pytest.raises(
+        KoffError, match=r'talks.jsonl: record 10 under .*, not {"role": "usr", "content": 5}'
+    ):
+        list(documents(source))
 
 
 @pytest.mark.parametrize("said", ["", "  \n"])

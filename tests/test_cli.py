@@ -135,7 +135,7 @@ def test_a_text_that_goes_away(
     """Between its listing and its reading, and between a run and its resumption: a sentence, nothing lost."""
     recipe, out = recipe_of(tmp_path), tmp_path / "out"
     gone, text = tmp_path / "code" / "7.txt", (tmp_path / "code" / "7.txt").read_bytes()
-    read = documents._read
+    read = documents.text_of
 
     def vanishing(path: Path) -> str:
         if path.parent == gone.parent:  # its folder has been listed
@@ -143,7 +143,7 @@ def test_a_text_that_goes_away(
         return read(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(documents, "_read", vanishing)
+        patch.setattr(documents, "text_of", vanishing)
         mistake(koff_prune(capsys, "learn", recipe, "--out", out), "cannot read", "7.txt", "no such file")
     assert not list((out / "domains").glob("code*"))
     gone.write_bytes(text)

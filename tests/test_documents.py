@@ -244,3 +244,35 @@ def test_a_packed_text_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )  # as where zstandard is not installed
     with pytest.raises(KoffError, match="b.jsonl.zst: .*pip install zstandard"):
         read(path=tmp_path)
+
+
+def test_a_key_that_names_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else every record would stand for itself, and what belongs together be divided."""
+    jsonl(tmp_path / "a.jsonl", [{"id": n // 2, "text": f"words {n}"} for n in range(6)])
+    with pytest.raises(
+        KoffError, match='gives any key under `key: "{idd}"`; the fields are id, text'
+    ):
+        read(path=tmp_path / "a.jsonl", key="{idd}")
+    jsonl(tmp_path / "a.jsonl", [{"id": n or None, "text": f"words {n}"} for n in range(6)])
+    assert len(read(path=tmp_path / "a.jsonl", key="{id}")) == 6
+    assert "1 of 6 records give no key" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.txt").write_text("words")
+    with pytest.raises(KoffError, match="no record gives any key"):
+        read(path=tmp_path / "b", key="{id}")
+
+
+def test_keys_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    for more, says in (
+        ({"sha256": "0" * 64}, "`sha256` belongs to `package` and does nothing for path; leave it out"),
+        ({"revision": "x"}, "`revision` belongs to `hub`"),
+        ({"dataset_split": "test"}, "`dataset_split` belongs to `hub`"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            TextSource(path="a.txt", **more)  # type: ignore[arg-type]
+    TextSource(path="a.txt", dataset_split="train")  # as a resolved recipe has it
+    with pytest.raises(KoffError, match="holds no SQLite file for `query`"):
+        read(path=tmp_path / "a.txt", query="select 1")
+    with pytest.raises(KoffError, match="one file, which .* does not match"):
+        read(path=tmp_path / "a.txt", files="*.md")
