@@ -16,8 +16,9 @@ from koff_export.files import read_json, write_json
 from koff_prune.bundling import MEMORY_LEARN
 from koff_prune.learn import steps_of
 from koff_prune.memory import memory_of_folder
+from koff_prune.needs import check_context
 from koff_prune.reading import load_recipe, read_yaml
-from koff_prune.recipe import Recipe
+from koff_prune.recipe import Domain, Recipe
 
 # Keys of a recipe that are not a memory's: --set of these would do nothing, or another option's work.
 _NOT_A_MEMORYS = {
@@ -56,7 +57,7 @@ def recipe_of(
         overrides: `dotted.key=value` of a recipe.
 
     Raises:
-        KoffError: The data are not there or no domain, or the tokens make no step.
+        KoffError: The data are not there or no domain, windows have no positions, or the tokens make no step.
     """
     if tokens < 1:
         raise KoffError(f"--tokens: {tokens} is not above 0; name the tokens to train on")
@@ -66,6 +67,12 @@ def recipe_of(
         domain = read_yaml(data)[0]
         if isinstance(domain, dict) and "source" not in domain and set(domain) == {name}:
             domain = domain[name]  # as it stands under `domains:` in a recipe
+        for key in domain if isinstance(domain, dict) else ():
+            if key in Recipe.model_fields:
+                raise KoffError(
+                    f"{data}: must hold one domain ({', '.join(Domain.model_fields)}), and `{key}` is of a"
+                    " whole recipe; leave it out, or give it as --set"
+                )
     else:
         domain = {"source": str(data.resolve())}
     others = list(manifest.domains)
@@ -80,12 +87,15 @@ def recipe_of(
         **({"memory": memory} if memory else {}),
         "learn": {"window": min(512, manifest.window), **learn, "tokens": 0, "settle_tokens": tokens},
         "evaluate": {"window": manifest.window},
+        "scoring": {"window": min(512, manifest.window)},
     }  # fmt: skip
     try:
         recipe = load_recipe(data.resolve(), overrides, text=yaml.safe_dump(made, sort_keys=False))
     except KoffError as error:  # lines and keys of a recipe that nobody wrote
         told = re.sub(r"(?m)^recipe .*?, line \d+: ", f"{data}: " if in_yaml else "", str(error))
         raise KoffError(told.replace(f"domains.{name}.", "") if in_yaml else told) from error
+    if manifest.context is not None:
+        check_context(recipe, manifest.context)
     if not steps_of(tokens, recipe.learn, 1):
         step = recipe.learn.window * recipe.learn.batch
         raise KoffError(

@@ -100,7 +100,6 @@ def add_memory(
     with _changing(bundle):
         manifest = open_manifest(bundle)  # as it is by now
         _check_name(bundle, manifest, name, replace)
-        _check_length(manifest, name, recipe.memory.kv.tokens if recipe.memory.kv else 0)
         work = bundle / f"{ADDING}{name}"
         tokenizer = AutoTokenizer.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
         with in_words_of_add(name):
@@ -148,8 +147,10 @@ def compose_memory(
         What the manifest tells of it.
 
     Raises:
-        KoffError: The name is taken, a part is missing, or the weights do not fit.
+        KoffError: The name is taken, a part is missing or named twice, or the weights do not fit.
     """
+    if len(of) < 2 or len(set(of)) < len(of):
+        raise KoffError(f"--of {'+'.join(of)}: name two memories or more, each once")
     manifest = open_manifest(bundle)
     _check_name(bundle, manifest, name, replace)
     for part in of:

@@ -19,6 +19,7 @@ from koff_export.genai import write_genai_config
 from koff_export.hub import FOR_TORCH, local
 from koff_prune.attach import attach, attach_memory
 from koff_prune.bundle_places import ADDING, shipped, unlisted
+from koff_prune.card import card
 from koff_prune.chat import tokens
 from koff_prune.compose import compose
 from koff_prune.cut import load_backbone
@@ -27,7 +28,6 @@ from koff_prune.lock import alone
 from koff_prune.memory import MEMORY_FILES, RECOVERY, kind_of, load_memory, memory_of_folder, save_memory
 from koff_prune.merge import folding
 from koff_prune.numerics import TOLERANCE, accuracy, numerics
-from koff_prune.pages import infinite
 from koff_prune.plan import Plan
 from koff_prune.progress import say
 from koff_prune.recipe import Memory
@@ -156,7 +156,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
                 say("no genai_config.json: onnxruntime-genai wants equally many KV heads in every layer")
         if "gguf" in recipe.export.formats:
             manifest["gguf"] = write_gguf(aside, told, recipe.export)
-        (aside / "README.md").write_text(_card(run, plan, told, merge), encoding="utf-8")
+        (aside / "README.md").write_text(card(run, plan, told, merge), encoding="utf-8")
         write_manifest(aside, manifest)
         if manifest["graph"]:
             say("checking ONNX against torch")
@@ -254,11 +254,24 @@ def verify(folder: str | Path) -> dict[str, Any]:
         "files": len(manifest.files),
         "parameters": plan.parameters,
         "sparsity": plan.realised,
+        "of": plan.of,
         "memories": {},
     }
-    for name in manifest.domains:
+    told = {"parameters": plan.parameters,
+            "sparsity": {"target": plan.target, "realised": plan.realised, "of": plan.of}}  # fmt: skip
+    for key, value in told.items():
+        if manifest.told.get(key) != value:
+            raise KoffError(f"{folder}: koff.json tells other {key} than plan.json; fetch the bundle again")
+    for name, domain in manifest.domains.items():
         result["memories"][name] = kind_of(load_memory(folder / "memories" / name))
         model = attach_memory(model, folder / "memories" / name).unwrap()
+        true = tell_memory(folder / "memories" / name, name, [])
+        for key in ("parameters", "lora_rank", "lora_alpha", "kv_tokens"):
+            if getattr(domain, key) != true[key]:
+                raise KoffError(
+                    f"{folder}: koff.json tells {key} {getattr(domain, key)} of memory '{name}', which has"
+                    f" {true[key]}; fetch the bundle again"
+                )
     if manifest.graph is not None:
         del model, units  # the comparison holds one model at a time
         result["onnx_logits"] = numerics(folder)
@@ -269,39 +282,3 @@ def verify(folder: str | Path) -> dict[str, Any]:
                     f" more than {TOLERANCE}"
                 )
     return result
-
-
-def _card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> str:
-    """The model card; a local path is no hub id."""
-    source = run.recipe.model.source
-    local_path = isinstance(source, str) and Path(source).exists()
-    name = run.model_identity["source"]
-    lines = [
-        "---", "library_name: koff-prune", *([] if local_path else [f"base_model: {name}"]), "---", "",
-        f"# {name}, {plan.realised:.1%} removed", "",
-        f"A backbone of {plan.parameters['slim']:,} parameters (dense: {plan.parameters['dense']:,}) cut by"
-        f" koff-prune (KOFF, arXiv 2605.29075), with "
-        + (f"the memory of {merge} in it." if merge else f"{len(domains)} memories beside it.")
-        + (" What all domains recovered together is part of it." if run.recipe.cut.recover else ""), "",
-        "| memory | parameters | LoRA rank | KV tokens |", "| --- | --- | --- | --- |",
-    ]  # fmt: skip
-    lines += [
-        f"| {name} | {d['parameters']:,} | {d['lora_rank']} | {d['kv_tokens']} |"
-        for name, d in domains.items()
-    ]
-    from koff_prune.evaluate import perplexities
-
-    table = [("with its memory", "losses.json"), ("memories off", "losses-off.json")][: 1 if merge else 2]
-    found = [(label, infinite(read_json(run.folder / f))) for label, f in table if (run.folder / f).exists()]
-    counts = {name: blocks.heldout_counts for name, blocks in run.domains.items()}
-    if found:
-        columns = [merge] if merge else [*found[0][1], "gmean"]
-        lines += ["", "Perplexity on held-out text:", "", f"| | {' | '.join(columns)} |",
-                  "| --- |" + " --- |" * len(columns)]  # fmt: skip
-        for label, losses in found:
-            values = perplexities(losses, counts)
-            lines.append(f"| {label} | " + " | ".join(f"{values[name]:.2f}" for name in columns) + " |")
-    lines += ["", "```python", "from koff_prune import load_bundle",
-              f'model = load_bundle("this folder", memory={next(iter(domains), None)!r})',
-              "```", ""]  # fmt: skip
-    return "\n".join(lines)

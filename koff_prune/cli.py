@@ -151,7 +151,7 @@ def plan(
     device: Device = None,
     shard: Shard = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print units, widths and needs; fetch nothing.")
+        bool, typer.Option("--dry-run", help="Print units, widths and needs; no weights are read.")
     ] = False,
     devices: Annotated[
         int | None, typer.Option("--devices", min=1, help="With --dry-run: what each of N would hold.")
@@ -174,7 +174,7 @@ def plan(
     if devices is not None:
         raise KoffError("--devices: tells the needs of a --dry-run; give both")
     made = _stage("plan", recipe, out, resume, set_, Machine(threads, device, shard))
-    print(f"{made.realised:.4f} of {made.of} removed, plan {made.digest}")
+    print(f"{made.removed}, plan {made.digest}")
 
 
 @app.command()

@@ -43,8 +43,10 @@ def compose(
     """
     if weights is None:
         weights = [1 / len(parts)] * len(parts)
-    if len(weights) != len(parts) or not all(math.isfinite(w) for w in weights):
+    if len(weights) != len(parts):
         raise KoffError(f"weights: {list(weights)} must be {len(parts)} numbers, one for each memory")
+    if not all(math.isfinite(w) for w in weights) or not any(weights):
+        raise KoffError(f"weights: {list(weights)} must be finite, and not all of them 0")
     result: dict[str, dict[str, torch.Tensor]] = {}
     loras = [(t["lora"], m.lora, w) for (t, m), w in zip(parts, weights, strict=True) if m.lora is not None]
     rank = sum(lora.rank for _, lora, _ in loras)

@@ -47,10 +47,9 @@ def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0, 
         table.add_row(str(len(units.layers)), kind + gated, str(count), f"{cost:,}", f"{mean:,.1f}")
     lines = [
         f"dense model       {dense:>15,} parameters, {dense * each / GIB:.2f} GiB",
-        f"backbone          {slim:>15,} parameters, {slim * each / GIB:.2f} GiB"
-        f" ({plan.realised:.4f} removed)",
+        f"backbone          {slim:>15,} parameters, {slim * each / GIB:.2f} GiB ({plan.removed})",
         f"one memory        {memory:>15,} parameters, {memory * 4 / GIB:.3f} GiB",
-        f"all {len(recipe.domains)} memories    {memory * len(recipe.domains):>15,} parameters",
+        f"for {len(recipe.domains)} domains     {memory * len(recipe.domains):>15,} parameters",
         *([f"RAM while learning, about {need.host / GIB:.1f} GiB"] if devices is None else []),
         "Widths are even here; the learned plan moves them between layers.",
     ]

@@ -66,6 +66,14 @@ class Plan:
         """Units kept per layer."""
         return [len(layer[kind]) for layer in self.layers]
 
+    @property
+    def removed(self) -> str:
+        """How much is removed, in words."""
+        if self.of == "total":
+            return f"{self.realised:.1%} of all parameters removed"
+        whole = 1 - self.parameters["slim"] / self.parameters["dense"]
+        return f"{self.realised:.1%} of the blocks' parameters removed, {whole:.1%} of all"
+
     def save(self, path: Path) -> None:
         """Writes plan.json, format 1."""
         write_json(path, {"format": 1, **self.__dict__, "digest": self.digest})

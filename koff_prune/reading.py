@@ -136,16 +136,21 @@ class _Where:
 
     def __call__(self, loc: Loc) -> str:
         for key, item in reversed(self.overrides.items()):
-            if loc[: len(key)] == key:
+            above = loc == key[: len(loc)] and self._find(loc)[1] < len(loc)  # it made what holds its key
+            if loc[: len(key)] == key or above:
                 return f"--set {item}"
         line = self.line(loc)
         return f"recipe {self.path}, line {line}" if line else f"recipe {self.path}"
 
     def line(self, loc: Loc) -> int | None:
         """Line, from 1, of the deepest part of `loc` that the YAML text holds."""
+        return self._find(loc)[0]
+
+    def _find(self, loc: Loc) -> tuple[int | None, int]:
+        """That line, and how many parts of `loc` the YAML text holds."""
         node: yaml.Node | None = self.node
         line = None
-        for part in loc:
+        for depth, part in enumerate(loc):
             found = None
             if isinstance(node, yaml.MappingNode):
                 for key, value in node.value:  # the last wins: merged keys come first
@@ -155,9 +160,9 @@ class _Where:
                 found = node.value[part]
                 line = found.start_mark.line + 1
             if found is None:
-                break
+                return line, depth
             node = found
-        return line
+        return line, len(loc)
 
 
 def read_yaml(path: Path, text: str | None = None) -> tuple[Any, yaml.Node]:

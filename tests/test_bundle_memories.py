@@ -450,7 +450,7 @@ def test_a_cache_without_room_for_text_takes_no_ones_place(
     before = [sha256_file(p) for p in files]
     context = json.loads((bundle / "koff.json").read_text())["context"]
     long = add(capsys, place, bundle, "--replace", "--set", f"memory.kv.tokens={context - 10}", name="law")
-    assert long.code == 2 and "leaves no room" in long.err and "training" not in long.err
+    assert long.code == 2 and "positions; lower it" in long.err and "training" not in long.err
     assert files and [sha256_file(p) for p in files] == before
     assert koff_prune(capsys, "verify", bundle).code == 0
 
@@ -461,8 +461,59 @@ def test_a_longer_cache_than_genai_knows_of_is_told(bundle: Path, capsys: pytest
     both = koff_prune(capsys, *compose, "both")
     says = f"says {context - 4} positions, and memory 'both' leaves {context - 8}: there, set max_length"
     assert both.code == 0 and says in " ".join(both.err.split()), both.err
-    alike = koff_prune(capsys, *compose[:3], "--of", "law", "--name", "alike")
+    capsys.readouterr()
+    alike = koff_prune(capsys, "memory", "pack", bundle, "law", "-o", bundle.with_name("law.koffmem"))
+    assert alike.code == 0, alike.err
+    alike = koff_prune(capsys, "memory", "unpack", bundle.with_name("law.koffmem"), bundle, "--replace")
     assert alike.code == 0 and "max_length" not in alike.err
+
+
+def test_the_card_stays_true(place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of memories that come and go it does not tell; of what was shipped, how it is run."""
+    card = (bundle / "README.md").read_text()
+    assert "koff.json tells which there are by now" in card and 'memory="…"' in card
+    assert koff_prune(capsys, "memory", "remove", bundle, "law").code == 0
+    check_files(bundle, open_manifest(bundle))
+    shipped = bundle.with_name("shipped")
+    assert koff_prune(capsys, "ship", bundle, "--precision", "fp32", "--out", shipped).code == 0
+    card = (shipped / "README.md").read_text()
+    assert "koff-run this-folder --memory" in card and "load_bundle" not in card
+    check_files(shipped, open_manifest(shipped))
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        (("law+law",), "--of law+law: name two memories or more, each once"),
+        (("law",), "name two memories or more"),
+        (("law+code", "--weights", "0,0"), "must be finite, and not all of them 0"),
+        (("law+code", "--weights", "nan,1"), "must be finite"),
+        (("law+code", "--weights", "1"), "must be 2 numbers"),
+    ],
+)
+def test_parts_that_make_no_sense_are_told(
+    bundle: Path, capsys: pytest.CaptureFixture[str], parts: tuple[str, ...], says: str
+) -> None:
+    mistake(koff_prune(capsys, "memory", "compose", bundle, "--name", "both", "--of", *parts), says)
+
+
+@pytest.mark.parametrize("key", ["learn.window", "evaluate.window"])
+def test_a_window_without_positions_is_told(
+    place: Path, bundle: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    mistake(add(capsys, place, bundle, "--set", f"{key}=4096"), f"{key}: 4096 is more than the model's")
+
+
+def test_a_memory_told_wrongly_is_found(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads((bundle / "koff.json").read_text())
+    law = {**told["domains"]["law"], "parameters": 7}
+    for change, says in (
+        ({"parameters": {**told["parameters"], "dense": 7}}, "koff.json tells other parameters"),
+        ({"sparsity": {**told["sparsity"], "realised": 0.5}}, "koff.json tells other sparsity"),
+        ({"domains": {**told["domains"], "law": law}}, "parameters 7 of"),
+    ):
+        (bundle / "koff.json").write_text(json.dumps({**told, **change}))
+        mistake(koff_prune(capsys, "verify", bundle), says)
 
 
 def test_what_was_unpacked_or_is_being_added_stays_too(
@@ -570,8 +621,7 @@ def test_a_kill_while_a_memory_is_replaced_leaves_none_that_is_half_old(
     assert "law" not in Runtime.open(bundle).memories
     checked = koff_prune(capsys, "verify", bundle)
     assert checked.code == 0 and "not checked: the memories law" in checked.err
-    answer = koff_prune(capsys, "memory", "compose", bundle, "--name", "both", "--of", "code+code")
-    assert answer.code == 0, answer.err
+    assert koff_prune(capsys, "memory", "remove", bundle, "law").code == 0
     assert not [p for p in bundle.rglob(".*") if p.name != ".lock"], "what the kill left is gone"
 
 

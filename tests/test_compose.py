@@ -117,10 +117,18 @@ def test_a_cache_is_as_far_from_the_text_as_alone(tmp_path: Path) -> None:
     assert (got - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, float("nan")], [0.2, 0.3, 0.5]])
-def test_weights_that_do_not_fit_are_told(tmp_path: Path, weights: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ([1.0], "must be 2 numbers"),
+        ([0.2, 0.3, 0.5], "must be 2 numbers"),
+        ([1.0, float("nan")], "must be finite"),
+        ([0.0, 0.0], "not all of them 0"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told(tmp_path: Path, weights: list[float], says: str) -> None:
     parts = [(load_memory(p), memory_of_folder(p)) for p in [saved(tmp_path / "law", 5, 1)] * 2]
-    with pytest.raises(KoffError, match="must be 2 numbers"):
+    with pytest.raises(KoffError, match=says):
         compose(tiny_model(), parts, weights)
 
 

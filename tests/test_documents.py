@@ -249,9 +249,7 @@ def test_a_packed_text_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_key_that_names_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Else every record would stand for itself, and what belongs together be divided."""
     jsonl(tmp_path / "a.jsonl", [{"id": n // 2, "text": f"words {n}"} for n in range(6)])
-    with pytest.raises(
-        KoffError, match='gives any key under `key: "{idd}"`; the fields are id, text'
-    ):
+    with pytest.raises(KoffError, match='gives any key under `key: "{idd}"`; the fields are id, text'):
         read(path=tmp_path / "a.jsonl", key="{idd}")
     jsonl(tmp_path / "a.jsonl", [{"id": n or None, "text": f"words {n}"} for n in range(6)])
     assert len(read(path=tmp_path / "a.jsonl", key="{id}")) == 6

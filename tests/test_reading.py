@@ -202,6 +202,7 @@ def test_overrides(write) -> None:
         "learn.tokens=x": "--set learn.tokens=x: `learn.tokens` is 'x': must be a whole number",
         "seed": "write it as key.key=value",
         "=5": "write it as key.key=value",
+        "lern.window=64": "--set lern.window=64: unknown key `lern`",
         "seed.a=5": "unknown key",
         "model.source.file=a": "which has no `file`",
         "learn.tokens=[": "not valid YAML",

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from koff_export.bundle import MERGED_KV, check_file, open_manifest, write_manifest
+from koff_export.bundle import MERGED_KV, Manifest, check_file, open_manifest, write_manifest
 from koff_export.errors import KoffError
 from koff_export.files import safe_join, staged_dir
 from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
 
 _TEXT = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "README.md",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
 
@@ -75,8 +75,21 @@ def ship(
             path = aside / name
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(safe_join(source, name), path)
+        (aside / "README.md").write_text(_card(manifest, names), encoding="utf-8")
         write_manifest(aside, _told(manifest.told, profile, precision, names))
     return target
+
+
+def _card(manifest: Manifest, names: Sequence[str]) -> str:
+    """README.md of what was copied: the bundle's own tells of torch, which opens nothing here."""
+    memory = "" if manifest.merged or not names else " --memory …"
+    beside = f"the memory of {manifest.merged} in it" if manifest.merged else "memories in onnx/memories/"
+    return "\n".join([
+        "---", "library_name: koff-prune", "---", "",
+        f"# {manifest.model.get('source')}, cut by koff-prune, for devices", "",
+        f"A graph for ONNX Runtime, with {beside} (KOFF, arXiv 2605.29075).", "",
+        "```", f'koff-run this-folder{memory} --prompt "…"', "```", "",
+    ])  # fmt: skip
 
 
 def _told(told: dict[str, Any], profile: str, precision: str, names: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""The model card of a bundle, README.md: true of it as it was exported, whatever comes to it later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from koff_export.files import read_json
+from koff_prune.evaluate import perplexities
+from koff_prune.pages import infinite
+from koff_prune.plan import Plan
+
+if TYPE_CHECKING:
+    from koff_prune.run import Run
+
+
+def card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> str:
+    """The model card; a local path is no hub id."""
+    source = run.recipe.model.source
+    local_path = isinstance(source, str) and Path(source).exists()
+    name = run.model_identity["source"]
+    beside = (
+        f"with the memory of {merge} in it" if merge else f"with {'' if domains else 'no '}memories beside it"
+    )
+    lines = [
+        "---", "library_name: koff-prune", *([] if local_path else [f"base_model: {name}"]), "---", "",
+        f"# {name}, {plan.removed}", "",
+        f"A backbone of {plan.parameters['slim']:,} parameters (dense: {plan.parameters['dense']:,}) cut by"
+        f" koff-prune (KOFF, arXiv 2605.29075), {beside}."
+        + (" What all domains recovered together is part of it." if run.recipe.cut.recover else ""), "",
+    ]  # fmt: skip
+    if domains and not merge:
+        lines += ["As it was exported it had these memories; koff.json tells which there are by now"
+                  " (`koff-prune memory list`).", ""]  # fmt: skip
+    if domains:
+        lines += ["| memory | parameters | LoRA rank | KV tokens |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {name} | {d['parameters']:,} | {d['lora_rank']} | {d['kv_tokens']} |"
+        for name, d in domains.items()
+    ]
+    table = [("with its memory", "losses.json"), ("memories off", "losses-off.json")][: 1 if merge else 2]
+    found = [(label, infinite(read_json(run.folder / f))) for label, f in table if (run.folder / f).exists()]
+    counts = {name: blocks.heldout_counts for name, blocks in run.domains.items()}
+    if found:
+        columns = [merge] if merge else [*found[0][1], "gmean"]
+        lines += ["", "Perplexity on held-out text, measured then:", "", f"| | {' | '.join(columns)} |",
+                  "| --- |" + " --- |" * len(columns)]  # fmt: skip
+        for label, losses in found:
+            values = perplexities(losses, counts)
+            lines.append(f"| {label} | " + " | ".join(f"{values[name]:.2f}" for name in columns) + " |")
+    memory = "" if merge or not domains else ', memory="…"'
+    lines += ["", "```python", "from koff_prune import load_bundle",
+              f'model = load_bundle("this folder"{memory})',
+              "```", ""]  # fmt: skip
+    return "\n".join(lines)
