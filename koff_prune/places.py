@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from koff_prune.recipe import Recipe
 
 
@@ -59,3 +61,25 @@ def _roots(old: str, new: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     while shared < min(len(one), len(other)) and one[-1 - shared] == other[-1 - shared]:
         shared += 1
     return one[: len(one) - shared], other[: len(other) - shared]
+
+
+def differences(known: Path, recipe: Recipe) -> str:
+    """The first keys whose values are not those of a resolved recipe on the disk, in words; else nothing."""
+    try:
+        before = yaml.safe_load(known.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    then, now = _flat(before), _flat(recipe.model_dump(mode="json"))
+    keys = [
+        k for k in {**now, **then} if then.get(k) != now.get(k) and not k.startswith(("compare", "export"))
+    ]
+    more = f" and {len(keys) - 3} keys more" if len(keys) > 3 else ""
+    told = [f"{key} is {now.get(key)!r:.60} here and {then.get(key)!r:.60} there" for key in keys[:3]]
+    return f" ({', '.join(told)}{more})" if told else ""
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    if not isinstance(value, dict) or not value:
+        return {place: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{place}.{key}".lstrip(".")).items()}

@@ -32,7 +32,7 @@ from koff_export.files import (
 from koff_prune import ranks
 from koff_prune.architecture import native_dtype
 from koff_prune.chat import tokens
-from koff_prune.places import is_moved, local_paths
+from koff_prune.places import differences, is_moved, local_paths
 from koff_prune.progress import bar, say
 from koff_prune.recipe import Recipe
 from koff_prune.tensor_file import save_tensors
@@ -46,13 +46,6 @@ if TYPE_CHECKING:
 PACKAGES = ("koff-prune", "torch", "transformers", "peft", "torch-pruning", "optimum", "accelerate",
             "datasets",
             "onnx", "onnxruntime", "safetensors", "numpy")  # fmt: skip
-
-
-def _flat(value: Any, place: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    if not isinstance(value, dict) or not value:
-        return {place: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{place}.{key}".lstrip(".")).items()}
 
 
 def versions() -> dict[str, str]:
@@ -120,8 +113,9 @@ class Run:
             if not (moved or (known and resume)) and self._barely_begun():
                 stamp.unlink()  # of a recipe that was refused, and has been mended since
             elif not known and not moved:
+                differs = differences(self.folder / "recipe.yaml", self.recipe)
                 raise KoffError(
-                    f"{self.folder}: holds a run of another recipe{self._differs()};"
+                    f"{self.folder}: holds a run of another recipe{differs};"
                     " choose another --out, or remove the folder"
                 )
             elif not resume:
@@ -131,6 +125,10 @@ class Run:
             elif moved:
                 self._settle_here(stamp, seen)
             recover_below(self.folder)  # here alone: in a folder that is no run, nothing is ours to remove
+        elif (self.folder / "sweep-of.json").exists():
+            raise KoffError(
+                f"{self.folder}: is a sweep; name its --sparsity, --seed or --tokens, or choose another --out"
+            )
         elif any(p.name != ".lock" for p in self.folder.iterdir()):
             raise KoffError(f"{self.folder}: is not empty and holds no run; choose another --out")
         if not stamp.exists():  # first of all files: whatever a kill leaves is known as this run's
@@ -160,22 +158,6 @@ class Run:
         say(f"{self.folder}: was begun where the project lay before; going on with its files here")
         self._write_recipe()
         write_json(stamp, {**seen, "recipe": self.digest, "paths": local_paths(self.recipe)})
-
-    def _differs(self) -> str:
-        """The first keys whose values are not the run's, in words."""
-        try:
-            known = yaml.safe_load((self.folder / "recipe.yaml").read_text("utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            return ""
-        then, now = _flat(known), _flat(self.recipe.model_dump(mode="json"))
-        keys = [
-            k
-            for k in {**now, **then}
-            if then.get(k) != now.get(k) and not k.startswith(("compare", "export"))
-        ]
-        more = f" and {len(keys) - 3} keys more" if len(keys) > 3 else ""
-        told = [f"{key} is {now.get(key)!r:.60} here and {then.get(key)!r:.60} there" for key in keys[:3]]
-        return f" ({', '.join(told)}{more})" if told else ""
 
     def _barely_begun(self) -> bool:
         """Whether there is nothing but what a recipe says and the texts it reads; then those are removed."""

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from koff_export.errors import KoffError
-from koff_export.files import disk_errors, fsync_path, read_json, recover, staged_dir, write_json
+from koff_export.files import disk_errors, fsync_path, read_json, recover, staged_dir, write_json, write_text
 from koff_prune import ranks
 from koff_prune.lock import alone
 from koff_prune.pages import finite, infinite
-from koff_prune.places import is_moved, local_paths
+from koff_prune.places import differences, is_moved, local_paths
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, Recipe
 from koff_prune.tensor_file import is_whole
@@ -83,14 +85,14 @@ def points(
     Raises:
         KoffError: A sparsity, seed or budget that cannot be, or one named twice.
     """
-    for name, values, low, high in (
-        ("--sparsity", sparsities, 0.0, 1.0),
-        ("--seed", seeds, -1.0, 2.0**31),
-        ("--tokens", tokens, 0.0, 2.0**62),
+    for name, values, low, high, allowed in (
+        ("--sparsity", sparsities, 0.0, 1.0, "above 0 and below 1"),
+        ("--seed", seeds, -1.0, 2.0**31, "from 0 to 2,147,483,647"),
+        ("--tokens", tokens, 0.0, 2.0**62, "from 1 on"),
     ):
         for value in values:
             if not low < value < high:
-                raise KoffError(f"{name}: {value} is out of range; name values between {low:g} and {high:g}")
+                raise KoffError(f"{name}: {value} is out of range; name values {allowed}")
         if len(set(values)) != len(values):
             raise KoffError(f"{name}: {', '.join(map(str, values))} names a value twice; name each once")
     if tokens and not recipe.learn.tokens + recipe.learn.settle_tokens:
@@ -155,7 +157,8 @@ def sweep(
             found.append((point, *_compare_at(recipe, point, out, before)))
         found += [(p, *rows) for p in there if p not in asked and (rows := _rows_at(recipe, p, out))]
         found.sort(key=lambda one: (one[0].seed, one[0].tokens or 0, one[0].sparsity))
-        summary = summarise([(point, rows) for point, rows, _ in found], [w for *_, ws in found for w in ws])
+        warned = [(point, warning) for point, _, warnings in found for warning in warnings]
+        summary = summarise([(point, rows) for point, rows, _ in found], warned)
         with ranks.turn():
             if not ranks.rank():
                 write_sweep(out, summary)
@@ -170,7 +173,10 @@ def _enter(recipe: Recipe, out: Path, resume: bool) -> None:
             raise KoffError(f"{stamp}: is damaged; choose another --out")
         same = seen.get("recipe") == recipe.digest()
         if not same and not is_moved(recipe, seen.get("recipe"), seen.get("paths")):
-            raise KoffError(f"{out}: holds a sweep of another recipe; choose another --out")
+            raise KoffError(
+                f"{out}: holds a sweep of another recipe{differences(out / 'recipe.yaml', recipe)};"
+                " choose another --out"
+            )
         if not resume:
             raise KoffError(
                 f"{out}: holds a sweep of this recipe; continue it with --resume, or choose --out"
@@ -178,6 +184,7 @@ def _enter(recipe: Recipe, out: Path, resume: bool) -> None:
     elif any(p.name != ".lock" for p in out.iterdir()):
         raise KoffError(f"{out}: is not empty and holds no sweep; choose another --out")
     write_json(stamp, {"format": 1, "recipe": recipe.digest(), "paths": local_paths(recipe)})
+    write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
 def _check_targets(recipe: Recipe, out: Path, asked: Sequence[Point]) -> None:

@@ -43,12 +43,14 @@ if TYPE_CHECKING:
 SIGNIFICANT = 0.05
 
 
-def summarise(found: Sequence[tuple[Point, list[Row]]], warnings: Sequence[str] = ()) -> dict[str, Any]:
+def summarise(
+    found: Sequence[tuple[Point, list[Row]]], warnings: Sequence[tuple[Point, str]] = ()
+) -> dict[str, Any]:
     """Everything that sweep.json holds.
 
     Args:
         found: The rows of every sub-run, with `nll` and `documents`.
-        warnings: What the reports of the sub-runs warn of.
+        warnings: What the reports of the sub-runs warn of, and which.
 
     Returns:
         `points` (one per sparsity and budget: `rows`, `closed`, `offloaded`), `tests`, and `sentences`.
@@ -70,7 +72,18 @@ def summarise(found: Sequence[tuple[Point, list[Row]]], warnings: Sequence[str] 
     _holm(tests)
     summary = {"format": 1, "points": result, "tests": tests}
     rough = [s for _, rows in found if (koff := cast(rows).koff) for s in few_documents(koff)]
-    return {**summary, "sentences": [*_sentences(summary), *dict.fromkeys([*warnings, *rough])]}
+    return {
+        **summary,
+        "sentences": [*_sentences(summary), *dict.fromkeys([*_warned(warnings, len(places)), *rough])],
+    }
+
+
+def _warned(warnings: Sequence[tuple[Point, str]], places: int) -> list[str]:
+    """Each warning once, with the points that it is of where it is not of all."""
+    of: dict[str, dict[str, None]] = {}
+    for point, warning in warnings:
+        of.setdefault(warning, {})[_title(vars(point))] = None
+    return [w if len(titles) == places else f"{'; '.join(titles)}: {w}" for w, titles in of.items()]
 
 
 def write_sweep(folder: Path, summary: dict[str, Any]) -> None:

@@ -284,7 +284,8 @@ def _against(rows: Sequence[Row], koff: Row, labels: dict[int, str]) -> list[str
     sentences = lost + level
     if others and not sentences:
         bare = "" if any(r["memory"] != "none" for r in others) else ", none of which has memories"
-        sentences.append(f"koff beats each of the {len(others)} other rows measured at this budget{bare}.")
+        beaten = f"each of the {len(others)} other rows" if len(others) > 1 else "the other row"
+        sentences.append(f"koff beats {beaten} measured at this budget{bare}.")
     return sentences
 
 

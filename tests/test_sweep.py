@@ -452,4 +452,21 @@ def test_a_sweep_tells_what_its_reports_warn_of(tmp_path: Path, capsys: pytest.C
     told = read_json(tmp_path / "s/sweep.json")["sentences"]
     report = read_json(tmp_path / "s/seed-0/sparsity-0.1/report.json")
     assert report["warnings"] and "Nothing is saved in size" in report["warnings"][0]
-    assert all(told.count(warning) == 1 for warning in report["warnings"])
+    both = read_json(tmp_path / "s/seed-0/sparsity-0.2/report.json")["warnings"]
+    for warning in report["warnings"]:
+        assert told.count(warning if warning in both else f"sparsity 0.1: {warning}") == 1
+    mistake(
+        koff_prune(capsys, "compare", recipe, "--out", tmp_path / "s", "--resume"), "is a sweep; name its"
+    )
+    changed = (
+        "compare",
+        recipe,
+        "--out",
+        tmp_path / "s",
+        "--resume",
+        "--sparsity",
+        "0.1",
+        "--set",
+        "learn.batch=1",
+    )
+    mistake(koff_prune(capsys, *changed), "a sweep of another recipe (learn.batch is 1 here and 2 there)")

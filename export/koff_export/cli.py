@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import sys
 from collections.abc import Iterable, Sequence
@@ -174,9 +175,14 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
             or not (memory is None or isinstance(memory, str))
         ):
             raise KoffError(f'{args.batch}, line {number}: is not {{"prompt": "…", "memory": "…"}}')
+        near = difflib.get_close_matches("memory", row, n=1, cutoff=0.75)
+        if near and "memory" not in row:
+            raise KoffError(f"{args.batch}, line {number}: unknown field {near[0]!r}; did you mean 'memory'?")
         if memory == AUTO:
             raise KoffError(f"{args.batch}, line {number}: auto picks by one prompt: name a memory")
         rows.append({**row, "memory": None if memory == BARE else memory})
+    if not rows:
+        raise KoffError(f"{args.batch}: holds no prompts")
     answers = runtime.generate_batch(
         [row["prompt"] for row in rows], [row["memory"] for row in rows], args.max_new_tokens,
         stop=args.stop, **_how(args),
@@ -306,6 +312,8 @@ def _run(args: argparse.Namespace) -> None:
         raise KoffError("--json prints what --score finds: add --score FILE, or leave it out")
     if sum([args.score is not None, args.batch is not None, args.prompt is not None or args.chat]) > 1:
         raise KoffError("--score, --batch and --prompt or --chat each stand alone: leave out the others")
+    if "" in args.stop:
+        raise KoffError("--stop: every answer ends before an empty text; name one, or leave it out")
     from koff_export.runtime import Runtime
 
     runtime = Runtime.open(

@@ -353,6 +353,7 @@ def test_koff_run_scores(exported: Exported, tmp_path: Path) -> None:
 
 def test_koff_run_tells_mistakes_in_one_line(exported: Exported, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"tokens": [1, 2]}\n{"token": [1]}\n')
+    (tmp_path / "near.jsonl").write_text('{"prompt": "a", "memroy": "law"}\n')
     folder = str(exported.folder)
     for args, message in (
         ((folder, "--memory", "latin", "--prompt", "x"), "it has: law, math, music"),
@@ -362,6 +363,9 @@ def test_koff_run_tells_mistakes_in_one_line(exported: Exported, tmp_path: Path)
         ((folder, "--prompt", "x", "--top-p", "7"), "top_p"),
         ((folder, "--prompt", "x", "--threads", "0"), "1 to 1024"),
         ((folder, "--prompt", "x", "--threads", "100000"), "1 to 1024"),
+        ((folder, "--batch", str(tmp_path / "near.jsonl")), "unknown field 'memroy'; did you mean 'memory'?"),
+        ((folder, "--batch", os.devnull), "holds no prompts"),
+        ((folder, "--prompt", "x", "--stop", ""), "--stop: every answer ends before an empty text"),
         ((folder, "--batch", str(tmp_path / "bad.jsonl")), "line 1"),
         ((folder, "--prompt", "x", "--batch", str(tmp_path / "bad.jsonl")), "leave out the others"),
     ):
