@@ -205,6 +205,7 @@ def open_config(section: ModelSection, *, cache: Path | None = None) -> Pretrain
                 _read_config(kept / "config.json", "model.source") if kept.is_dir() else gguf_config(gguf)
             )
         else:
+            _check_folder(place)
             config = _read_config(place / "config.json", "model.source")
     elif place is not None:
         try:
@@ -269,7 +270,7 @@ def _find(section: ModelSection, cache: Path | None) -> Path | str:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.gguf)", source):
         filled = f"; {SEED} is filled in by `koff-prune compare --seed 0,1`" if SEED in source else ""
         raise KoffError(f"model.source '{source}': there is no such file or folder{filled}")
-    if path.parent != Path() and path.parent.is_dir():
+    if path.parent.is_dir():  # of a name alone: the working folder
         say(f"model.source: there is no {source} here, so the hub is asked for it")
     return source
 

@@ -187,7 +187,11 @@ class Domain(Section):
 class Structure(Section):
     """What is removed and how much."""
 
-    units: list[Literal["ffn_neurons", "kv_groups"]] = Field(default=["ffn_neurons"], min_length=1)
+    units: list[Literal["ffn_neurons", "kv_groups"]] = Field(
+        default=["ffn_neurons"],
+        min_length=1,
+        description="What may be removed: FFN neurons; KV heads, each with the query heads that share it.",
+    )
     sparsity: Float = Field(default=0.12, gt=0, lt=1, description="Removed parameters / parameters of `of`.")
     of: Literal["total", "blocks"] = Field(default="total", description="total counts embeddings too.")
     widths: Literal["per_layer", "uniform"] = Field(
@@ -227,20 +231,22 @@ class Scoring(Section):
     """Text on which scores and the compensation are estimated: the same for koff and every baseline."""
 
     tokens: Int = Field(default=4096, ge=16, description="Per domain, from the training text.")
-    window: Int = Field(default=512, ge=16)
+    window: Int = Field(default=512, ge=16, description="Tokens of a scoring window.")
 
 
 class Evaluate(Section):
     """Held-out windows, the same for every row."""
 
     tokens: Int = Field(default=4096, ge=16, description="Per domain.")
-    window: Int = Field(default=512, ge=16)
+    window: Int = Field(default=512, ge=16, description="Tokens of a held-out window.")
 
 
 class CompareRow(Section):
     """One more row of the report. `memory` is trained for koff's learn + settle tokens on the row's plan."""
 
-    method: Literal["dense", "koff", "magnitude", "wanda", "taylor", "fisher", "random"]
+    method: Literal["dense", "koff", "magnitude", "wanda", "taylor", "fisher", "random"] = Field(
+        description="How units are chosen; dense: none is removed."
+    )
     ranking: Literal["global", "per_layer", "better"] | None = Field(
         default=None,
         description="Of a baseline's scores; better: the one with the lower bare loss on scoring text.",
@@ -252,7 +258,7 @@ class CompareRow(Section):
         default="none", description="The memory trained on the fixed plan; same: the recipe's."
     )
     gates_learning_rate: Float | None = Field(default=None, ge=0, description="koff: overrides learn.gates.")
-    gates_form: Form | None = None
+    gates_form: Form | None = Field(default=None, description="koff only: replaces learn.gates.form.")
     gates_start: Start | None = Field(default=None, description="koff: overrides learn.gates.")
     lora_rank: Int | None = Field(
         default=None, ge=1, le=512, description="koff: overrides memory.lora.rank, at the same alpha / rank."
@@ -290,8 +296,10 @@ class CompareRow(Section):
 class Recipe(Section):
     """Everything a run depends on, apart from the machine."""
 
-    version: Annotated[Literal[1], BeforeValidator(whole)] = 1
-    seed: Int = Field(default=0, ge=0, lt=2**31)
+    version: Annotated[Literal[1], BeforeValidator(whole)] = Field(
+        default=1, description="Of this form of recipe."
+    )
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="Of the order of texts, memories and draws.")
     model: ModelSection = Field(description="The dense model.")
     domains: dict[Name, Domain] = Field(min_length=1, description="At least one named body of text.")
     structure: Structure = Structure()

@@ -56,7 +56,9 @@ class Export(Section):
     """What a bundle holds."""
 
     formats: list[Literal["safetensors", "onnx", "gguf"]] = Field(
-        default=["safetensors", "onnx"], min_length=1
+        default=["safetensors", "onnx"],
+        min_length=1,
+        description="safetensors for torch, always among them; onnx for devices; gguf for llama.cpp.",
     )
     shard_gb: Float = Field(
         default=5.0,

@@ -21,7 +21,12 @@ COSTS = ("fisher", "fisher_tokens", "curvature", "surgeon")  # starts in nats, a
 class Gates(Section):
     """Gates over units, shared by all domains."""
 
-    form: Form = "re_estimated"
+    form: Form = Field(
+        default="re_estimated",
+        description="re_estimated: costs in nats, estimated anew from the gradients of every step;"
+        " straight_through: the best units by scores that Adam moves; hard_concrete: gates that are drawn"
+        " (Louizos et al. 2018).",
+    )
     start: Start = Field(
         default="surgeon",
         description="Orders the units at first; curvature is the true Fisher, labels drawn from the model;"
@@ -60,8 +65,8 @@ class Gates(Section):
 class Rates(Section):
     """Adam learning rates."""
 
-    lora: Float = Field(default=2e-3, gt=0)
-    kv: Float = Field(default=5e-3, gt=0)
+    lora: Float = Field(default=2e-3, gt=0, description="Of the LoRA.")
+    kv: Float = Field(default=5e-3, gt=0, description="Of the learned KV.")
 
 
 class Loss(Section):
@@ -70,8 +75,12 @@ class Loss(Section):
     On a fixed plan the dense model is gone, and memories learn by cross-entropy alone.
     """
 
-    ce: Float = Field(default=1.0, ge=0)
-    kl: Float = Field(default=0.0, ge=0)
+    ce: Float = Field(default=1.0, ge=0, description="Weight of the cross-entropy.")
+    kl: Float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the divergence from the dense model, run beside: slower.",
+    )
 
     @model_validator(mode="after")
     def _some(self) -> Loss:
@@ -92,7 +101,10 @@ class Learn(Section):
     warmup: Float = Field(default=0.05, ge=0, le=0.5, description="Share of steps with rising learning rate.")
     gates: Gates = Gates()
     checkpoint_steps: Int = Field(default=20, ge=1, description="Optimizer steps between checkpoints.")
-    gradient_checkpointing: Bool = False
+    gradient_checkpointing: Bool = Field(
+        default=False,
+        description="Keep one activation a layer and compute the rest again: less memory.",
+    )
     base: Literal["full", "nf4"] = Field(
         default="full",
         description="The frozen model while training: nf4 holds its linear layers in 4 bits (extra"

@@ -34,8 +34,8 @@ def with_none(schema: dict[str, Any], *keys: str) -> dict[str, Any]:
 class Lora(Section):
     """A low-rank adapter on linear layers."""
 
-    rank: Int = Field(default=8, ge=1, le=512)
-    alpha: Float = Field(default=16, gt=0)
+    rank: Int = Field(default=8, ge=1, le=512, description="Of the two matrices beside each module.")
+    alpha: Float = Field(default=16, gt=0, description="What LoRA adds is scaled by alpha / rank.")
     target: Texts = Field(
         default="all-linear", description="all-linear, or names of modules such as [q_proj, down_proj]."
     )

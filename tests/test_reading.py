@@ -257,6 +257,18 @@ def test_shipped_recipes_are_right() -> None:
     assert [row.method for row in recipe.compare] == ["magnitude", "wanda"]
 
 
+def test_every_key_is_described() -> None:
+    """By itself, or as the section that it is."""
+    found = schema()
+    sections = {"": found, **found["$defs"]}
+    for name, section in sections.items():
+        for form in (section, *section.get("anyOf", [])):
+            for key, told in form.get("properties", {}).items():
+                of = sections[told["$ref"].rpartition("/")[2]] if "$ref" in told else told
+                described = [of, *of.get("anyOf", [])]
+                assert any(one.get("description") for one in described), f"{name}.{key}"
+
+
 def test_schema_knows_the_short_forms() -> None:
     defs = schema()["$defs"]
     assert {"type": "string"} in defs["TextSource"]["anyOf"]
