@@ -205,7 +205,7 @@ def open_config(section: ModelSection, *, cache: Path | None = None) -> Pretrain
                 _read_config(kept / "config.json", "model.source") if kept.is_dir() else gguf_config(gguf)
             )
         else:
-            _check_folder(place)
+            _check_config(place)
             config = _read_config(place / "config.json", "model.source")
     elif place is not None:
         try:
@@ -295,10 +295,14 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuses a model folder that is not whole, before any weight is read."""
+def _check_config(folder: Path) -> None:
     if not (folder / "config.json").exists():
         raise KoffError(f"model.source '{folder}' holds no config.json: name a Hugging Face model folder")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a model folder that is not whole, before any weight is read."""
+    _check_config(folder)
     read_json(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))

@@ -135,7 +135,7 @@ class Runtime:
         if name not in (known := self.memories):
             merged, has = self.manifest.merged, ", ".join(known) or "none"
             has = f"that of {merged} in its weights, and takes no other: name none" if merged else has
-            raise KoffError(f"the bundle has no memory {name!r} to attach; it has: {has}")
+            raise KoffError(f"the bundle has no memory {name!r}; it has: {has}")
         domain = self.manifest.domains.get(name)
         relative = domain.adapter if domain and domain.adapter else f"{_ADAPTERS}/{name}.onnx_adapter"
         path = safe_join(self.folder, relative)
