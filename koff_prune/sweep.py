@@ -155,7 +155,13 @@ def sweep(
                 + ("" if point.tokens is None else f", {point.tokens:,} tokens"))  # fmt: skip
             before = [*asked[: n - 1], *(other for other in there if other not in asked)]
             found.append((point, *_compare_at(recipe, point, out, before)))
-        found += [(p, *rows) for p in there if p not in asked and (rows := _rows_at(recipe, p, out))]
+        for point in there:
+            if point in asked:
+                continue
+            if (rows := _rows_at(recipe, point, out)) is not None:
+                found.append((point, *rows))
+            else:
+                say(f"{point.folder}: lacks rows that are asked for by now, and is left out; name it too")
         found.sort(key=lambda one: (one[0].seed, one[0].tokens or 0, one[0].sparsity))
         warned = [(point, warning) for point, _, warnings in found for warning in warnings]
         summary = summarise([(point, rows) for point, rows, _ in found], warned)
@@ -294,12 +300,13 @@ def _check_alike(recipe: Recipe, out: Path, told: Mapping[str, Mapping[str, Any]
     Raises:
         KoffError: They are not: a mean over them would be a figure of nothing.
     """
+    each_its_own = SEED in str(recipe.model.source)  # every seed has a model of its own
     first: dict[str, tuple[str, str]] = {}
     for folder, run in told.items():
-        named = {f"domains.{name}.source": digest for name, digest in run.get("texts", {}).items()}
-        if "weights" in run and SEED not in str(
-            recipe.model.source
-        ):  # else every seed has a model of its own
+        texts = run.get("texts")
+        texts = texts if isinstance(texts, dict) else {}
+        named = {f"domains.{name}.source": digest for name, digest in texts.items()}
+        if "weights" in run and not each_its_own:
             named["model.source"] = run["weights"]
         for key, digest in named.items():
             other, was = first.setdefault(key, (folder, digest))

@@ -280,6 +280,11 @@ def test_a_row_added_to_a_finished_sweep_is_measured_in_every_seed(
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     rows = read_json(tmp_path / "s" / "sweep.json")["points"][0]["rows"]
     assert {r["method"]: r["seeds"] for r in rows}["wanda"] == 2
+    one = koff_prune(capsys, *command[:-1], "0", "--resume", "--set", "compare=[magnitude]")
+    told = " ".join(one.err.split())
+    assert one.code == 0 and "seed-1/sparsity-0.1: lacks rows that are asked for by now" in told, told
+    grown = koff_prune(capsys, *command, "--resume", "--set", "compare=[magnitude, wanda]")
+    assert grown.code == 0, grown.err
     # nothing is lost if the seeds differ, and nothing breaks where a model gave no number
     broken = next((tmp_path / "s" / "seed-1").glob("sparsity-0.1/rows/wanda*/losses-off.json"))
     losses = read_json(broken)
