@@ -161,13 +161,20 @@ def _others(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]], *, base
 
 
 def _draws(rows: Sequence[Sequence[Row]]) -> np.ndarray | None:
-    """The same rows of every seed under the same draws of documents, [seeds, rows, RESAMPLES]."""
+    """The same rows of every seed under the same draws of documents, [seeds, rows, draws].
+
+    A draw that leaves a seed without a document of a domain is none: with more seeds there are more of these.
+    """
     pool: dict[str, set[int]] = {}
     for name, ids in (item for those in rows for item in those[0].get("documents", {}).items()):
         pool.setdefault(name, set()).update(ids)
     found = [resample(those, {name: sorted(ids) for name, ids in pool.items()}) for those in rows]
     known = [draws for draws in found if draws is not None]
-    return np.stack(known) if len(known) == len(found) else None
+    if len(known) < len(found):
+        return None
+    draws = np.stack(known)
+    whole = np.isfinite(draws).all((0, 1))
+    return draws[:, :, whole] if whole.mean() > 0.5 else None
 
 
 def _interval(value: float, by_seed: np.ndarray, draws: np.ndarray | None) -> Estimate:
@@ -176,7 +183,7 @@ def _interval(value: float, by_seed: np.ndarray, draws: np.ndarray | None) -> Es
     Args:
         value: The figure.
         by_seed: What the seeds say of it, [seeds]; only its spread counts.
-        draws: The figure under every draw of documents, [RESAMPLES]; None where they cannot be drawn: then
+        draws: The figure under every draw of documents, [draws]; None where they cannot be drawn: then
             there is no interval.
     """
     if len(by_seed) < 2 or draws is None:

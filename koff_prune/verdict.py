@@ -17,6 +17,7 @@ from koff_prune.recipe import BASELINES
 
 _LEARNED = {"lora": "learned with LoRA only", "kv": "learned with KV only", "lora+kv": "learned with both"}
 RESAMPLES = 2000
+_MOST_EMPTY = 0.05  # share of a pool's draws that may hold none of these rows' documents
 SEED = 20
 _FEW_DOCUMENTS = 5  # below so many in a domain an interval is rough, and the report says so
 
@@ -369,7 +370,8 @@ def resample(rows: Sequence[Row], pool: Mapping[str, Sequence[int]] | None = Non
         share = np.full(len(everyone), 1 / len(everyone))
         drawn = generator.multinomial(len(everyone), share, size=RESAMPLES)
         drawn = drawn[:, np.searchsorted(everyone, known)]
-        if not (drawn @ tokens).all():  # a draw of documents that these rows have none of
+        size = drawn @ tokens
+        if (size == 0).mean() > (0 if pool is None else _MOST_EMPTY):
             return None
-        total += (sums @ drawn.T) / (drawn @ tokens)
+        total += (sums @ drawn.T) / np.where(size == 0, np.nan, size)
     return total / len(documents)

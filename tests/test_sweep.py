@@ -124,6 +124,17 @@ def test_the_same_documents_are_no_new_ones_in_another_seed() -> None:
     assert widths[1] == pytest.approx(widths[0], rel=0.35)
 
 
+def test_seeds_that_share_no_document_have_intervals_too() -> None:
+    """Six documents each of eighteen: some draws hold none of a seed's, and are none."""
+    found = seeds_of([0.05, 0.06, 0.07])
+    for n, (_, rows) in enumerate(found):
+        for each in rows:
+            each["documents"] = {name: [i + 6 * n for i in ids] for name, ids in each["documents"].items()}
+    (point,) = summarise(found)["points"]
+    for name in ("closed", "offloaded"):
+        assert point[name]["low"] < point[name]["value"] < point[name]["high"], point[name]
+
+
 def test_a_row_that_diverged_spoils_no_other_test() -> None:
     found = seeds_of([0.04, 0.05, 0.06])
     for _, rows in found:
