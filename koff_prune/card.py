@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> str:
-    """The model card; a local path is no hub id."""
+    """The model card; neither a local path nor a file of a package is a hub's id."""
     source = run.recipe.model.source
-    local_path = isinstance(source, str) and Path(source).exists()
+    on_hub = isinstance(source, str) and not Path(source).exists()
     name = run.model_identity["source"]
     beside = (
         f"with the memory of {merge} in it" if merge else f"with {'' if domains else 'no '}memories beside it"
     )
     lines = [
-        "---", "library_name: koff-prune", *([] if local_path else [f"base_model: {name}"]), "---", "",
+        "---", "library_name: koff-prune", *([f"base_model: {name}"] if on_hub else []), "---", "",
         f"# {name}, {plan.removed}", "",
         f"A backbone of {plan.parameters['slim']:,} parameters (dense: {plan.parameters['dense']:,}) cut by"
         f" koff-prune (KOFF, arXiv 2605.29075), {beside}."
