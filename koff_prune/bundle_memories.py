@@ -174,7 +174,7 @@ def compose_memory(
 
 
 def remove_memory(bundle: Path, name: str) -> None:
-    """Takes a memory out of a bundle: first its entry, then its files; or what an addition left half-made.
+    """Takes a memory out of a bundle: first its entry, then its files; and what an addition left half-made.
 
     Raises:
         KoffError: No such memory.
@@ -183,10 +183,9 @@ def remove_memory(bundle: Path, name: str) -> None:
         manifest = open_manifest(bundle)
         check_places(bundle, manifest, name)
         work = bundle / f"{ADDING}{name}"
-        if work.is_dir() and name not in manifest.domains:
-            shutil.rmtree(work)
-            return
-        if name not in unlisted(bundle, manifest):
+        begun = work.is_dir()
+        shutil.rmtree(work, ignore_errors=True)
+        if name not in unlisted(bundle, manifest) and (name in manifest.domains or not begun):
             _told(bundle, manifest, name)
             set_domain(bundle, name, None)
         shutil.rmtree(bundle / "memories" / name, ignore_errors=True)

@@ -259,8 +259,9 @@ def _compare_at(
                 same_budget = other.tokens == point.tokens
                 if other.seed == point.seed and _is_alike(run, out / other.folder, same_budget):
                     share(out / other.folder, folder, same_budget=same_budget)
-            mine = {"weights": run.dense.fingerprint, "texts": _digests(run)}
-            _check_alike(recipe, out, {**_told_of(out, before), point.folder: mine})
+            if before:  # else there is nothing to be like, and both are read once, where they are needed
+                mine = {"weights": run.dense.fingerprint, "texts": _digests(run)}
+                _check_alike(recipe, out, {**_told_of(out, before), point.folder: mine})
         rows = compare(its_recipe, folder, resume=True)
         with ranks.turn():
             if _rows_at(recipe, point, out) is None:

@@ -223,6 +223,24 @@ def test_a_pack_knows_no_times_and_other_weights(
     mistake(answer, "trained on other weights than")
 
 
+def test_a_disk_that_is_full_is_not_the_packs_fault(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, opened = bundle.with_name("law.koffmem"), Path.open
+    assert koff_prune(capsys, "memory", "pack", bundle, "law", "-o", file).code == 0
+
+    def full(self: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if mode == "xb":
+            raise OSError(28, "No space left on device", str(self))
+        return opened(self, mode, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    mistake(
+        koff_prune(capsys, "memory", "unpack", file, bundle, "--replace"), "cannot write", "the disk is full"
+    )
+    assert not list(bundle.glob(".unpacked*"))
+
+
 def rewritten(file: Path, change: Any) -> Path:
     """The packed memory with its table and members changed by `change(table, members)`."""
     with zipfile.ZipFile(file) as archive:
@@ -537,6 +555,10 @@ def test_what_was_unpacked_or_is_being_added_stays_too(
     assert koff_prune(capsys, "memory", "remove", run / "bundle", "sea").code == 0, "what the sentence tells"
     assert not (run / "bundle" / ".adding-sea").exists()
     assert koff_prune(capsys, "memory", "unpack", packed, run / "bundle", "--replace").code == 0
+    (run / "bundle" / ".adding-code").mkdir()  # as of a replacement that was stopped
+    assert koff_prune(capsys, "memory", "remove", run / "bundle", "code").code == 0
+    assert "code" not in open_manifest(run / "bundle").domains
+    assert not (run / "bundle" / ".adding-code").exists(), "nothing of it is left"
     refused = koff_prune(capsys, *export)
     assert refused.code == 2 and "law" in refused.err
 

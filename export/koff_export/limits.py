@@ -12,13 +12,8 @@ from koff_export.errors import KoffError
 
 Config = Mapping[str, Any]
 
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma3_text",
-)  # their layers are as `GraphWriter` writes them
+# Families whose layers are as `GraphWriter` writes them.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 FUSED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
 # What a feed-forward block's gate goes through, by transformers' names for it.

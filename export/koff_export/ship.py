@@ -75,19 +75,20 @@ def ship(
             path = aside / name
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(safe_join(source, name), path)
-        (aside / "README.md").write_text(_card(manifest, names), encoding="utf-8")
+        (aside / "README.md").write_text(_card(manifest, bool(names or dropped)), encoding="utf-8")
         write_manifest(aside, _told(manifest.told, profile, precision, names))
     return target
 
 
-def _card(manifest: Manifest, names: Sequence[str]) -> str:
+def _card(manifest: Manifest, some: bool) -> str:
     """README.md of what was copied: the bundle's own tells of torch, which opens nothing here."""
-    memory = "" if manifest.merged or not names else " --memory …"
-    beside = f"the memory of {manifest.merged} in it" if manifest.merged else "memories in onnx/memories/"
+    memory = " --memory …" if some and not manifest.merged else ""
+    beside = "with memories in onnx/memories/" if some else "without memories"
+    beside = f"with the memory of {manifest.merged} in it" if manifest.merged else beside
     return "\n".join([
         "---", "library_name: koff-prune", "---", "",
         f"# {manifest.model.get('source')}, cut by koff-prune, for devices", "",
-        f"A graph for ONNX Runtime, with {beside} (KOFF, arXiv 2605.29075).", "",
+        f"A graph for ONNX Runtime, {beside} (KOFF, arXiv 2605.29075).", "",
         "```", f'koff-run this-folder{memory} --prompt "…"', "```", "",
     ])  # fmt: skip
 
