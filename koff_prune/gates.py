@@ -299,23 +299,31 @@ class Gates(nn.Module):
 
 
 class _Gate(torch.autograd.Function):
-    """x * z, whose way back adds to `into`, for every unit: sum over tokens of (dL/dz by that token)^2."""
+    """x * z, whose way back adds to `into`, for every unit: sum over tokens of (dL/dz by that token)^2.
+
+    z is 0 or 1. What is open stands in the product, which the LoRA behind keeps as well; of x itself only the
+    closed channels are kept, or the gates would keep another copy of every layer's activations.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, z: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
         """X [..., channels] in any dtype, z float32 [channels], into float32 [units]."""
-        ctx.save_for_backward(x, z)
+        closed = (z == 0).nonzero().squeeze(1)
+        gated = x * z.to(x.dtype)
+        ctx.save_for_backward(gated, x[..., closed], closed, z)
         ctx.into = into
-        return x * z.to(x.dtype)
+        return gated
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Gradients of x and z."""
-        x, z = ctx.saved_tensors
-        parts = (grads[0] * x).reshape(-1, len(z)).float()
+        gated, behind, closed, z = ctx.saved_tensors
+        parts = grads[0] * gated
+        parts[..., closed] = grads[0][..., closed] * behind
+        parts = parts.reshape(-1, len(z)).float()
         by_unit = parts if len(z) == len(ctx.into) else parts.view(len(parts), len(ctx.into), -1).sum(2)
         ctx.into += by_unit.square().sum(0)
-        return grads[0] * z.to(x.dtype), parts.sum(0), None
+        return grads[0] * z.to(gated.dtype), parts.sum(0), None
 
 
 class GateHooks:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-CHUNK = 512  # tokens whose logits exist at one time
+from koff_prune.needs import logit_rows
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -27,7 +27,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
-        chunk = CHUNK if teacher is None else CHUNK // 4  # its logits, and their difference, exist beside
+        chunk = logit_rows(len(head), hidden.device.type, teacher is not None)
         for at in range(0, len(hidden), chunk):
             rows = slice(at, at + chunk)
             log_p = functional.log_softmax(hidden[rows] @ head.T, dim=-1, dtype=torch.float32)

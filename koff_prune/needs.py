@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,18 @@ from koff_prune.plan import Plan, even_plan
 from koff_prune.recipe import Lora, Recipe
 
 NOT_BOTH = "learn.base: {} cannot be shared out too; leave --shard away, or set full"
-LOGITS = 512  # tokens whose logits exist at one time (`loss.CHUNK`)
+LOGITS = {"cpu": 2**24}  # bytes of float32 logits that exist at one time: on a CPU, as few as cost no speed
+ROOMY = 2**27  # elsewhere, where a product of few rows wastes the device
+FEWEST = 64  # rows, however large the vocabulary: every product reads the whole head
 TRAINED = 16  # bytes of a trained number: itself, its gradient, Adam's two moments; float32
 NF4 = 0.516  # bytes of a number in 4 bits and its share of a block's scale (Dettmers et al. 2023)
 GATED = 40  # bytes of a gate: the same, and what re-estimated ones gather
+
+
+def logit_rows(vocabulary: int, device: str = "cuda", teacher: bool = False) -> int:
+    """Tokens whose logits, and a teacher's beside them, the loss computes at one time on a device of this type."""
+    rows = LOGITS.get(device, ROOMY) / (4 * vocabulary * (1.5 if teacher else 1.0))
+    return max(FEWEST, math.ceil(rows / 32) * 32)  # other counts are slower to multiply
 
 
 def dry_plan(recipe: Recipe) -> dict[str, Any]:
@@ -133,6 +142,7 @@ def needs(
     if learn.gradient_checkpointing:
         saved = f"({layers} layers x {hidden:,} + 14 x {hidden:,} + 5 x {inner:,} of one)"
     count = hidden * layers + kept if learn.gradient_checkpointing else kept * layers
+    rows = min(tokens, logit_rows(vocabulary))
     parts = [
         ("dense model", *_dense(units, each, recipe.learn.base == "nf4", devices if shard else 1)),
         ("memories", f"{domains} x {memory:,} parameters x {TRAINED} bytes (float32 with gradient and Adam)",
@@ -140,8 +150,7 @@ def needs(
         ("gates", f"{gated:,} units x {GATED} bytes", gated * GATED),
         ("activations", f"{windows} x {learn.window:,} tokens x {saved} x {each} bytes",
          tokens * count * each),
-        ("logits", f"{min(tokens, LOGITS)} tokens x {vocabulary:,} words x 12 bytes",
-         min(tokens, LOGITS) * vocabulary * 12),
+        ("logits", f"{rows} tokens x {vocabulary:,} words x 12 bytes", rows * vocabulary * 12),
     ]  # fmt: skip
     shared = lora_parameters(recipe.cut.recover, units, plan)
     if shared:
