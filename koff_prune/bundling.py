@@ -31,6 +31,7 @@ from koff_prune.numerics import TOLERANCE, accuracy, numerics
 from koff_prune.plan import Plan
 from koff_prune.progress import say
 from koff_prune.recipe import Memory
+from koff_prune.seals import SEAL, check_seal
 from koff_prune.units import read_units
 from koff_prune.weights import INDEX, Weights, copy_weights, has_weights
 
@@ -101,27 +102,29 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
     plan = Plan.load(run.folder / "plan.json")
     domains = list(recipe.domains) if (run.folder / "memories").exists() else []
     with staged_dir(target) as aside, run.timed("exporting"):
-        backbone = run.folder / "backbone"
+        backbone, memories = run.folder / "backbone", run.folder / "memories"
+        for place in (backbone, memories):
+            check_seal(place, str(place))
         weights = {INDEX, *(file.name for file in Weights.open(backbone).files)}
         for file in backbone.iterdir():
-            if file.name not in weights:
+            if file.name not in {SEAL, *weights}:
                 shutil.copy2(file, aside / file.name)
         folded = [RECOVERY] if recipe.cut.recover is not None else []
         folded += [merge] if merge is not None else []
-        fold = folding([run.folder / "memories" / name for name in folded])
+        fold = folding([memories / name for name in folded]) if folded else None
         copy_weights(backbone, aside, recipe.export.shard_bytes, fold)
         shutil.copy2(run.folder / "plan.json", aside / "plan.json")
         if merge is None:
             for name in domains:
-                shutil.copytree(run.folder / "memories" / name, aside / "memories" / name)
+                shutil.copytree(memories / name, aside / "memories" / name)
         else:
-            place = run.folder / "memories" / merge
+            place = memories / merge
             section, tensors = memory_of_folder(place), load_memory(place)
             domains = [merge] if section.kv is not None else []
             for name in domains:  # what is left beside the weights: the learned KV
                 save_memory(aside / "memories" / name, {"kv": tensors["kv"]}, section.only("kv"), "")
         formats = recipe.export.formats if merge is None else []
-        recovery = run.folder / "memories" / RECOVERY / MEMORY_FILES["lora"]
+        recovery = memories / RECOVERY / MEMORY_FILES["lora"]
         told = {name: tell_memory(aside / "memories" / name, name, formats) for name in domains}
         tokenizer, config = run.dense.tokenizer, run.dense.config
         eos = _ids(config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id)

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, disk_errors
 from koff_prune import ranks
-from koff_prune.checkpoints import newest_checkpoint, seal, whole_checkpoints
+from koff_prune.checkpoints import newest_checkpoint, whole_checkpoints
 from koff_prune.compensate import Compensation
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.interrupt import Interruption
@@ -30,6 +30,7 @@ from koff_prune.memory import Memories
 from koff_prune.needs import NOT_BOTH
 from koff_prune.quantise import quantise
 from koff_prune.recipe import Learn
+from koff_prune.seals import seal
 from koff_prune.sharding import shard
 from koff_prune.windows import DomainWindows
 

@@ -23,7 +23,7 @@ GATED = 40  # bytes of a gate: the same, and what re-estimated ones gather
 
 
 def logit_rows(vocabulary: int, device: str = "cuda", teacher: bool = False) -> int:
-    """Tokens whose logits, and a teacher's beside them, the loss computes at one time on a device of this type."""
+    """Tokens whose logits, and a teacher's beside them, the loss computes at one time on such a device."""
     rows = LOGITS.get(device, ROOMY) / (4 * vocabulary * (1.5 if teacher else 1.0))
     return max(FEWEST, math.ceil(rows / 32) * 32)  # other counts are slower to multiply
 

@@ -33,6 +33,7 @@ from koff_prune.progress import bar, say
 from koff_prune.recipe import COSTS, CompareRow, Learn, Memory, MemoryKind
 from koff_prune.recipe import Gates as GatesSection
 from koff_prune.scores import removal_costs, score_units
+from koff_prune.seals import check_seal, seal
 from koff_prune.tensor_file import load_tensors, save_tensors
 from koff_prune.units import KINDS
 
@@ -127,9 +128,8 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
     if ranks.agree((folder / "gates.safetensors").exists()):
         return
     recipe = run.recipe
-    gates_section = recipe.learn.gates.model_copy(
-        update={"form": arm.gates, "learning_rate": arm.gates_rate, "start": arm.gates_start}
-    )
+    update = {"form": arm.gates, "learning_rate": arm.gates_rate, "start": arm.gates_start}
+    gates_section = recipe.learn.gates.model_copy(update=update)
     learn = recipe.learn.model_copy(update={"gates": gates_section})
     gates_section = gates_section.model_copy(update={"start": start_of(arm)})
     start, prior, information = _start(run, gates_section)
@@ -161,8 +161,7 @@ def _save_learned(
         shared = overlap(before, gates)
         say(f"learning moved the mask: {shared:.1%} of the removed units were the start's choice")
     if memories is not None and memories.memory.kind != "none":
-        with staged_dir(folder / "learned") as aside:
-            _save_memories(run, memories, aside)
+        _save_memories(run, memories, folder / "learned")
     save_tensors(tensors, folder / "gates.safetensors")
     _drop_checkpoints(folder)
 
@@ -229,11 +228,10 @@ def load_gates(run: Run, arm: Arm, folder: Path, which: str = "alpha") -> Gates:
 
 def plan_arm(run: Run, arm: Arm, folder: Path) -> Plan:
     """Gates or a baseline's scores to plan.json."""
-    path = folder / "plan.json"
+    path, structure = folder / "plan.json", run.recipe.structure
     with ranks.turn():
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            structure = run.recipe.structure
             ranking = arm.ranking or ("per_layer" if structure.widths == "uniform" else "global")
             if arm.method == "koff":
                 scores = load_gates(run, arm, folder).scores()
@@ -244,7 +242,7 @@ def plan_arm(run: Run, arm: Arm, folder: Path) -> Plan:
             )
             plan.save(path)
         plan = Plan.load(path)
-    plan.check_made_for(path, run.recipe.structure, run.model_identity, arm.method)
+    plan.check_made_for(path, structure, run.model_identity, arm.method)
     plan.check_fits(run.units)
     return plan
 
@@ -281,9 +279,12 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
     plan = None if arm.method == "dense" else plan_arm(run, arm, folder)
     backbone = folder / "backbone"
     with ranks.turn():
-        if keep_backbone and plan is not None and not backbone.exists():
+        if keep_backbone and backbone.exists():
+            check_seal(backbone, str(backbone))
+        elif keep_backbone and plan is not None:
             with staged_dir(backbone) as aside:
                 _write_backbone(run, arm, plan, aside)
+                seal(aside, backbone.name)
 
     def untrained() -> Memories:
         model = load_backbone(backbone) if keep_backbone else _cut_model(run, arm, plan)
@@ -295,6 +296,7 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
     done = folder / "memories"
     if not ranks.agree(done.exists()):
         if arm.method == "koff" and arm.learned_with == arm.trained_with and plan is not None:
+            check_seal(folder / "learned", str(folder / "gates.safetensors"))
             for name in memories.names:
                 _load_learned(memories, name, run, folder, plan)
             batches = run.recipe.step_batches
@@ -306,21 +308,23 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
         train_logged(run, memories, train_windows(run), learn, phase, folder, label, first=first)
         with ranks.turn():
             if not done.exists():
-                with staged_dir(done) as aside:
-                    _save_memories(run, memories, aside)
+                _save_memories(run, memories, done)
         if spends(learn):
             del memories
             memories = untrained()  # around the model as it was
     if not ranks.rank():
         _drop_checkpoints(folder)  # also after a kill between the memories and this line
+    check_seal(done, str(done))
     for name in memories.names:
         memories.load(name, load_memory(done / name))
     return memories
 
 
-def _save_memories(run: Run, memories: Memories, aside: Path) -> None:
-    for name in memories.names:
-        save_memory(aside / name, memories.tensors(name), memories.section(name), run.dense.source)
+def _save_memories(run: Run, memories: Memories, place: Path) -> None:
+    with staged_dir(place) as aside:
+        for name in memories.names:
+            save_memory(aside / name, memories.tensors(name), memories.section(name), run.dense.source)
+        seal(aside, place.name)
 
 
 def _drop_checkpoints(folder: Path) -> None:
@@ -349,7 +353,6 @@ def train_logged(
         newest = newest_checkpoint(place)
     begun = step_of(newest) if newest else 0
     log = [entry for entry in read_log(place) if entry["step"] <= begun]
-    structure = run.recipe.structure
     with bar(label, steps * step_tokens) as progress, run.timed(label, folder):
         progress.start_at(begun * step_tokens)
 
@@ -368,8 +371,9 @@ def train_logged(
 
         try:
             train(
-                memories, windows, learn, phase, place, sparsity=structure.sparsity, seed=run.recipe.seed,
-                report=report, weights={n: d.weight for n, d in run.recipe.domains.items()}, **options,
+                memories, windows, learn, phase, place, report=report, seed=run.recipe.seed,
+                sparsity=run.recipe.structure.sparsity,
+                weights={n: d.weight for n, d in run.recipe.domains.items()}, **options,
             )  # fmt: skip
         finally:
             save()  # an interruption saves its step too

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,14 @@ class Weights:
     def files(self) -> list[Path]:
         """The files that hold them."""
         return list(dict.fromkeys(entry.file for entry in self.entries.values()))
+
+    @property
+    def layout(self) -> dict[str, list[str]]:
+        """By file, the names of its tensors as they are stored."""
+        return {
+            file.name: [name for name, entry in self.entries.items() if entry.file == file]
+            for file in self.files
+        }
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """These tensors, or all: views of the files' pages, which go when the tensors go."""
@@ -222,6 +231,19 @@ def write_weights(
         tensors: The same names with their content, in any floating-point dtype; cast as they are written.
         shard_bytes: A tensor that is larger gets a file of its own.
     """
+    files = _shards(like, shard_bytes)
+    coming = iter(tensors)
+    for file, shard in files.items():
+        _write_file(folder / file, shard, coming)
+    if len(files) > 1:
+        total = {"total_size": sum(t.nbytes for t in like.values()),
+                 "total_parameters": sum(t.numel() for t in like.values())}  # fmt: skip
+        mapped = {name: file for file, shard in files.items() for name in shard}
+        write_json(folder / INDEX, {"metadata": total, "weight_map": mapped})
+
+
+def _shards(like: Mapping[str, torch.Tensor], shard_bytes: int) -> dict[str, dict[str, torch.Tensor]]:
+    """By file, the tensors that `write_weights` puts there."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in like.items():
@@ -232,14 +254,7 @@ def write_weights(
         size += tensor.nbytes
     count = len(shards)
     files = [WEIGHTS] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
-    coming = iter(tensors)
-    for file, shard in zip(files, shards, strict=True):
-        _write_file(folder / file, shard, coming)
-    if count > 1:
-        total = {"total_size": sum(t.nbytes for t in like.values()),
-                 "total_parameters": sum(t.numel() for t in like.values())}  # fmt: skip
-        mapped = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        write_json(folder / INDEX, {"metadata": total, "weight_map": mapped})
+    return dict(zip(files, shards, strict=True))
 
 
 def _write_file(
@@ -275,15 +290,15 @@ def copy_weights(
     source: Path,
     target: Path,
     shard_bytes: int = SHARD_BYTES,
-    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """Writes a folder's weights into another, a tensor at a time.
+    """Writes a folder's weights into another, a tensor at a time; files that would be the same are linked.
 
     Args:
-        source: Holds the weights.
+        source: Holds the weights, in files that are replaced and never written into.
         target: Gets them, in their dtypes.
         shard_bytes: See `write_weights`.
-        change: From each tensor's name and content to what is written in its place.
+        change: From each tensor's name and content to what is written in its place; None leaves all.
     """
     weights = Weights.open(source)
     if strange := [name for name, entry in weights.entries.items() if entry.dtype not in _DTYPES]:
@@ -292,5 +307,20 @@ def copy_weights(
         name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
         for name, entry in weights.entries.items()
     }
-    changed = ((name, change(name, tensor)) for name, tensor in weights.one_by_one())
+    if change is None and weights.layout == {
+        file: list(shard) for file, shard in _shards(like, shard_bytes).items()
+    }:
+        for name in [file.name for file in weights.files] + [INDEX] * (source / INDEX).is_file():
+            _link(source / name, target / name)
+        return
+    tensors = weights.one_by_one()
+    changed = ((name, change(name, tensor) if change else tensor) for name, tensor in tensors)
     write_weights(target, like, changed, shard_bytes)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name of the same file, or a copy where the file system has no such thing."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)

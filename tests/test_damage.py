@@ -138,13 +138,32 @@ def another_moment(out: Path, place: Path) -> str:
 def no_learned_cache(out: Path, place: Path) -> str:
     (out / "learned" / "law" / "kv.safetensors").unlink()
     shutil.rmtree(out / "memories")
-    return "learned/law: is missing or damaged; remove"
+    return "law/kv.safetensors: is missing or damaged; remove"
 
 
 def nothing_learned(out: Path, place: Path) -> str:
     shutil.rmtree(out / "learned")
     shutil.rmtree(out / "memories")
     return "learned/law: is missing or damaged; remove"
+
+
+def another_learned_weight(out: Path, place: Path) -> str:
+    one_bit(out / "learned" / "law" / "adapter_model.safetensors")
+    shutil.rmtree(out / "memories")
+    (out / "losses.json").unlink()
+    return "law/adapter_model.safetensors: is missing or damaged; remove"
+
+
+def another_memory(out: Path, place: Path) -> str:
+    one_bit(out / "memories" / "law" / "kv.safetensors")
+    (out / "losses.json").unlink()
+    return "law/kv.safetensors: is missing or damaged; remove"
+
+
+def another_backbone(out: Path, place: Path) -> str:
+    one_bit(out / "backbone" / "model.safetensors")
+    (out / "losses-off.json").unlink()
+    return "backbone/model.safetensors: is missing or damaged; remove"
 
 
 def a_list(out: Path, place: Path) -> str:
@@ -157,6 +176,7 @@ def a_list(out: Path, place: Path) -> str:
     [
         another_plan, another_text, fewer_losses, half_of_the_losses, no_gates, another_gate, a_list,
         other_tokens, other_documents, another_moment, no_learned_cache, nothing_learned,
+        another_learned_weight, another_memory, another_backbone,
     ],
 )  # fmt: skip
 def test_what_is_not_this_runs_is_told(
@@ -172,6 +192,27 @@ def test_what_is_not_this_runs_is_told(
         path.write_bytes(text)
     assert answer.code == 2 and says in " ".join(answer.err.split()), answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("file", ["backbone/model.safetensors", "memories/law/adapter_model.safetensors"])
+def test_a_changed_bit_is_not_exported(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    """And what is removed, as the sentence says, is made again as it was."""
+    out = tmp_path / "run"
+    shutil.copytree(place / "whole", out)
+    one_bit(out / file)
+    export = ("export", place / "recipe.yaml", "--out", out, "--resume")
+    answer = koff_prune(capsys, *export)
+    stage = out / file.partition("/")[0]
+    said = "".join(answer.err.split())
+    assert answer.code == 2 and "".join(f"remove {stage}, and --resume".split()) in said, answer.err
+    assert not (out / "bundle").exists()
+    shutil.rmtree(stage)
+    answer = koff_prune(capsys, *export)
+    assert answer.code == 0, answer.err
+    assert sha256_file(out / file) == sha256_file(place / "whole" / file)
+    assert not list((out / "bundle").rglob("complete"))
 
 
 def test_what_cannot_matter_is_made_again(

@@ -48,14 +48,15 @@ SHARD = 20_000
 KILLED = """
 import os, signal
 import koff_prune.weights as weights
-write, begun = weights._write_file, []
-def dies(path, *rest):
-    begun.append(path)
-    if len(begun) == 2:
-        assert begun[0].stat().st_size > 0
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, *rest)
-weights._write_file = dies
+begun = []
+def dying(write):
+    def dies(*given):
+        begun.append(given)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*given)
+    return dies
+weights._write_file, weights._link = dying(weights._write_file), dying(weights._link)
 from koff_prune.cli import main
 main()
 """
