@@ -103,8 +103,8 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
     domains = list(recipe.domains) if (run.folder / "memories").exists() else []
     with staged_dir(target) as aside, run.timed("exporting"):
         backbone, memories = run.folder / "backbone", run.folder / "memories"
-        for place in (backbone, memories):
-            check_seal(place, str(place))
+        check_seal(memories, str(memories))
+        sums = check_seal(backbone, str(backbone))
         weights = {INDEX, *(file.name for file in Weights.open(backbone).files)}
         for file in backbone.iterdir():
             if file.name not in {SEAL, *weights}:
@@ -112,7 +112,8 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         folded = [RECOVERY] if recipe.cut.recover is not None else []
         folded += [merge] if merge is not None else []
         fold = folding([memories / name for name in folded]) if folded else None
-        copy_weights(backbone, aside, recipe.export.shard_bytes, fold)
+        same = copy_weights(backbone, aside, recipe.export.shard_bytes, fold)
+        known = {name: digest for name, digest in sums.items() if same and name in weights}
         shutil.copy2(run.folder / "plan.json", aside / "plan.json")
         if merge is None:
             for name in domains:
@@ -160,7 +161,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         if "gguf" in recipe.export.formats:
             manifest["gguf"] = write_gguf(aside, told, recipe.export)
         (aside / "README.md").write_text(card(run, plan, told, merge), encoding="utf-8")
-        write_manifest(aside, manifest)
+        write_manifest(aside, manifest, known)
         if manifest["graph"]:
             say("checking ONNX against torch")
             manifest["numerics"]["onnx_logits"] = numerics(aside)
@@ -169,7 +170,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
             manifest["numerics"]["precision"] = accuracy(aside, texts)
             if "fused" in manifest["graph"]:
                 manifest["numerics"]["fused"] = accuracy(aside, texts, "fused")
-            write_manifest(aside, manifest)
+            write_manifest(aside, manifest, known)
     return target
 
 

@@ -26,40 +26,51 @@ def seal(folder: Path, name: str | None = None) -> None:
 
 def changed(folder: Path) -> str | None:
     """The first file that is not as it was sealed; all of them are read."""
-    try:
-        told = read_json(folder / SEAL)
-    except KoffError:
+    sums = _told(folder)
+    if sums is None:
         return SEAL
-    if (
-        not isinstance(told, dict)
-        or told.get("name") != folder.name
-        or not isinstance(told.get("files"), dict)
-    ):
-        return SEAL
-    for name, digest in told["files"].items():
+    for name, digest in sums.items():
         try:
             if sha256_file(safe_join(folder, name)) != digest:
-                return str(name)
+                return name
         except (KoffError, OSError):
-            return str(name)
+            return name
     return None
 
 
-def check_seal(folder: Path, mend: str) -> None:
+def check_seal(folder: Path, mend: str) -> dict[str, str]:
     """Refuses a folder that is not as it was sealed; one without a seal was never given one.
 
     Args:
         folder: Of a stage.
         mend: What to remove, so that --resume makes it again.
 
+    Returns:
+        The sha256 of its files, by path, as they were found; none without a seal.
+
     Raises:
         KoffError: A file of it is missing, or has changed since.
     """
-    if (folder / SEAL).exists() and (bad := changed(folder)) is not None:
+    if not (folder / SEAL).exists():
+        return {}
+    if (bad := changed(folder)) is not None:
         raise KoffError(f"{folder / bad}: is missing or damaged; remove {mend}, and --resume makes it again")
+    return _told(folder) or {}
 
 
 def sealed(folder: Path) -> bool:
     """Whether a folder has a seal, whatever it says."""
     found = folder / SEAL
     return found.is_file() and found.stat().st_size > 0
+
+
+def _told(folder: Path) -> dict[str, str] | None:
+    """The checksums that a folder's seal tells, or None of one that is damaged or another folder's."""
+    try:
+        told = read_json(folder / SEAL)
+    except KoffError:
+        return None
+    files = told.get("files") if isinstance(told, dict) and told.get("name") == folder.name else None
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        return None
+    return files

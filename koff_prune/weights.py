@@ -291,7 +291,7 @@ def copy_weights(
     target: Path,
     shard_bytes: int = SHARD_BYTES,
     change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-) -> None:
+) -> bool:
     """Writes a folder's weights into another, a tensor at a time; files that would be the same are linked.
 
     Args:
@@ -299,6 +299,9 @@ def copy_weights(
         target: Gets them, in their dtypes.
         shard_bytes: See `write_weights`.
         change: From each tensor's name and content to what is written in its place; None leaves all.
+
+    Returns:
+        Whether the files are the same.
     """
     weights = Weights.open(source)
     if strange := [name for name, entry in weights.entries.items() if entry.dtype not in _DTYPES]:
@@ -312,10 +315,11 @@ def copy_weights(
     }:
         for name in [file.name for file in weights.files] + [INDEX] * (source / INDEX).is_file():
             _link(source / name, target / name)
-        return
+        return True
     tensors = weights.one_by_one()
     changed = ((name, change(name, tensor) if change else tensor) for name, tensor in tensors)
     write_weights(target, like, changed, shard_bytes)
+    return False
 
 
 def _link(source: Path, target: Path) -> None:

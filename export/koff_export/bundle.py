@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,9 @@ MANIFEST = "koff.json"
 MERGED_KV = "onnx/merged.onnx_adapter"  # what a merged bundle's cache in place begins with
 # Kinds of file a bundle may hold. What is not here (pickles, scripts, libraries) could run code when opened.
 _SUFFIXES = (
-    ".json",
-    ".safetensors",
-    ".onnx",
-    ".onnx.data",
-    ".onnx_adapter",
-    ".gguf",
-    ".md",
-    ".txt",
-    ".jinja",
+    ".json", ".safetensors", ".onnx", ".onnx.data", ".onnx_adapter", ".gguf", ".md", ".txt", ".jinja",
     ".model",
-)
+)  # fmt: skip
 _PLAIN_NAMES = ("LICENSE", "NOTICE")
 # Memories may be dropped into a finished bundle; every other file must be in the manifest.
 _OPEN_FOLDERS = ("memories/", "onnx/memories/", "gguf/memories/")
@@ -298,18 +290,17 @@ def _walk(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def write_manifest(folder: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
-    """Adds `format` and every file's sha256 and size to `manifest` and writes it as `folder`/koff.json.
+def write_manifest(
+    folder: str | os.PathLike[str], manifest: dict[str, Any], known: Mapping[str, str] | None = None
+) -> None:
+    """Adds `format` and every file's sha256 (`known`, or read) and size, and writes `folder`/koff.json.
 
     Raises:
         KoffError: the disk refuses, or a value is of a kind that `open_manifest` would refuse.
     """
     root = Path(folder)
-    files = {
-        name: {"sha256": sha256_file(root / name), "size": (root / name).stat().st_size}
-        for name in _walk(root)
-        if name != MANIFEST
-    }
+    sums = {name: (known or {}).get(name) for name in _walk(root) if name != MANIFEST}
+    files = {name: _entry(root / name, found) for name, found in sums.items()}
     write_json(root / MANIFEST, {"format": FORMAT, **manifest, "files": files})
     open_manifest(root)
 
@@ -340,8 +331,12 @@ def set_domain(folder: str | os.PathLike[str], name: str, told: dict[str, Any] |
         mine = [p for p in _walk(root) if p.startswith(gone) or p in (told.get("adapter"), told.get("gguf"))]
         for path in mine:
             _check_kind(path)
-            files[path] = {"sha256": sha256_file(root / path), "size": (root / path).stat().st_size}
+            files[path] = _entry(root / path)
     write_json(root / MANIFEST, {**manifest, "files": files})
+
+
+def _entry(path: Path, known: str | None = None) -> dict[str, Any]:
+    return {"sha256": known or sha256_file(path), "size": path.stat().st_size}
 
 
 def _check_kind(name: str) -> None:
