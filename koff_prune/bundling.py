@@ -38,7 +38,7 @@ from koff_prune.weights import INDEX, Weights, copy_weights, has_weights
 if TYPE_CHECKING:
     from koff_prune.run import Run
 
-GRAPHS = 3  # what an export of ONNX graphs makes; it rises with that, and older bundles are then made anew
+GRAPHS = 4  # what an export of ONNX graphs makes; it rises with that, and older bundles are then made anew
 # What a bundle remembers of the recipe's `learn`, so that a memory added later is trained as its first ones.
 MEMORY_LEARN = ("window", "batch", "loss", "rates", "warmup", "gradient_checkpointing")
 # Of generation_config.json, what torch's `generate` reads and these do not.
@@ -155,7 +155,9 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
             "numerics": {"asked": stamp},
         }
         if "onnx" in recipe.export.formats:
-            manifest["graph"] = write_onnx(aside, domains if merge is None else [], recipe.export, merge)
+            read = {name: run.domains[name].scoring for name in ([merge] if merge else recipe.domains)}
+            listed = domains if merge is None else []
+            manifest["graph"] = write_onnx(aside, listed, recipe.export, merge, read)
             if not write_genai_config(aside, manifest):
                 say("no genai_config.json: onnxruntime-genai wants equally many KV heads in every layer")
         if "gguf" in recipe.export.formats:

@@ -44,7 +44,11 @@ def tell_memory(folder: Path, name: str, formats: Sequence[str]) -> dict[str, An
 
 
 def write_onnx(
-    folder: Path, domains: Sequence[str], export: Export, merged: str | None = None
+    folder: Path,
+    domains: Sequence[str],
+    export: Export,
+    merged: str | None = None,
+    texts: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Writes onnx/ into a bundle; returns what the manifest's `graph` says.
 
@@ -53,6 +57,7 @@ def write_onnx(
         domains: Whose memories get an adapter.
         export: The recipe's section.
         merged: The domain whose LoRA the backbone already has and whose KV, if any, the graph is to hold.
+        texts: By domain, windows int64 [windows, window] that 4 bits are rounded on.
     """
     from koff_export.fused import export_fused
     from koff_export.onnx import export_onnx, write_adapter, write_required
@@ -81,11 +86,17 @@ def write_onnx(
         if baked is not None and baked[0][0].shape[1] > 0:
             write_adapter(folder / MERGED_KV, {}, baked)
     del model
+    keeps = export.onnx.int4_keeps
+    rounded = None
+    if "int4" in few and export.onnx.int4_rounding == "gptq":
+        from koff_prune.rounding import round_matrices
+
+        rounded = round_matrices(folder, texts or {}, keeps)
     for name, bits in few.items():
         say(f"quantising to {name}")
         beside = None  # weights that an earlier profile has are read from there
         for paths in profiles.values():
-            quantize(folder / paths["fp32"], folder / paths[name], bits, beside, export.onnx.int4_keeps)
+            quantize(folder / paths["fp32"], folder / paths[name], bits, beside, keeps, rounded)
             beside = folder / paths[name]
     if export.onnx.javascript:
         copies = {path: write_required(folder, path) for path in set(precisions.values())}

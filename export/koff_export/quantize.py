@@ -5,8 +5,9 @@ float32, so that it runs wherever the float32 graph does. int8 is the standard's
 front of each product; whoever opens it chooses what that means: ONNX Runtime by itself fuses the two, rounds
 the product's inputs to 8 bits as well and computes in them (`int8_dynamic`: fast, small in memory); told not
 to, it computes the float32 weights once (`int8`: exact, as fast and as large in memory as float32). int4 is
-`MatMulNBits`, inputs rounded to 8 bits, but for what `keeps` names, unsaid the head and the two matrices of a
-layer that 4 bits hurt most for their size: these have 8, as `int8_dynamic`.
+`MatMulNBits`, inputs rounded to 8 bits, whose codes come from elsewhere (`rounded`) or are the nearest; but
+for what `keeps` names, unsaid the head and the two matrices of a layer that 4 bits hurt most for their size:
+these have 8, as `int8_dynamic`.
 
 The embedding has 8 bits in both: words are looked up in bytes, and the few that were are made float32. A tied
 head multiplies with the very same bytes, which stand in the file once.
@@ -16,14 +17,12 @@ Needs onnx; imported only when exporting.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors
@@ -31,11 +30,9 @@ from koff_export.graph import is_slot
 from koff_export.onnx import add_defaults
 from koff_export.tensors import TensorFile
 
-# It tells every node of the graph, thousands of lines.
-logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-
 BITS = {"fp16": 16, "int8": 8, "int4": 4}  # of the precisions that have a file of their own, beside fp32
-_BLOCK = 32  # weights that share a scale
+BLOCK = 32  # weights that share a scale
+LOWEST = -8  # of 4 bits, stored as 0
 INT4_KEEPS = ("head", "v_proj", "down_proj")  # in 8 bits: these halve what SmolLM2-135M loses
 _HEAD = {"head": ("head_weight", "lm_head.weight")}  # tied, and its own
 _ROUND_INPUTS = 4  # `MatMulNBits`' accuracy_level: next to nothing beside what 4 bits lose
@@ -116,19 +113,73 @@ def _to_bytes(model: onnx.ModelProto, suffixes: tuple[str, ...]) -> None:
 
 def _in_bytes(weight: np.ndarray) -> dict[str, np.ndarray]:
     """A matrix [inputs, outputs] as uint8, with a scale and a zero for every block of inputs."""
-    blocks = (-(-len(weight) // _BLOCK), weight.shape[1])
+    blocks = (-(-len(weight) // BLOCK), weight.shape[1])
     rounded, scales = np.empty(weight.shape, np.uint8), np.empty(blocks, np.float32)
     for i, scale in enumerate(scales):  # one row of blocks at a time: the matrix may be most of the model
-        rows = slice(i * _BLOCK, (i + 1) * _BLOCK)
+        rows = slice(i * BLOCK, (i + 1) * BLOCK)
         np.divide(np.abs(weight[rows]).max(0), 127, out=scale)
         scale[scale == 0] = 1
         rounded[rows] = np.rint(weight[rows] / scale) + _ZERO
     return {"int8": rounded, "scale": scales, "zero": np.full(blocks, _ZERO, np.uint8)}
 
 
+Rounded = tuple[np.ndarray, np.ndarray]  # codes uint8 [inputs, outputs], scales float32 [blocks, outputs]
+
+
+def nearest(weight: np.ndarray) -> Rounded:
+    """A matrix [inputs, outputs] in 4 bits, symmetric by block of inputs, each weight to what is nearest."""
+    codes = np.empty(weight.shape, np.uint8)
+    scales = np.empty((-(-len(weight) // BLOCK), weight.shape[1]), np.float32)
+    for i, scale in enumerate(scales):
+        rows = slice(i * BLOCK, (i + 1) * BLOCK)
+        block = weight[rows]
+        scale[:] = np.take_along_axis(block, np.abs(block).argmax(0)[None], 0)[0] / LOWEST
+        scale[scale == 0] = 1
+        codes[rows] = np.clip(np.rint(block / scale), LOWEST, -1 - LOWEST) - LOWEST
+    return codes, scales
+
+
+def _to_nibbles(model: onnx.ModelProto, rounded: Mapping[str, Rounded]) -> None:
+    """Makes every product with a matrix that still has 32 bits a `MatMulNBits` of 4."""
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes, made = [], {}
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.input[1] not in weights:
+            nodes.append(node)
+            continue
+        name = node.input[1]
+        inputs, outputs = weights[name].dims
+        if name not in made:
+            found = rounded[name] if name in rounded else nearest(onnx.numpy_helper.to_array(weights[name]))
+            made[name] = _packed(*found)
+        nodes.append(onnx.helper.make_node(
+            "MatMulNBits", [node.input[0], f"{name}.int4", f"{name}.scale"], node.output, node.name,
+            domain="com.microsoft", K=inputs, N=outputs, bits=4, block_size=BLOCK,
+            accuracy_level=_ROUND_INPUTS,
+        ))  # fmt: skip
+    kept = [tensor for name, tensor in weights.items() if name not in made]
+    for name, (codes, scales) in made.items():
+        kept.append(onnx.numpy_helper.from_array(codes, f"{name}.int4"))
+        kept.append(onnx.numpy_helper.from_array(scales, f"{name}.scale"))
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(kept)
+    graph.node.extend(nodes)
+    if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+
+def _packed(codes: np.ndarray, scales: np.ndarray) -> Rounded:
+    """As `MatMulNBits` reads them: uint8 [outputs, blocks, 16], the first of two in the low half."""
+    blocks = np.full((codes.shape[1], len(scales) * BLOCK), -LOWEST, np.uint8)
+    blocks[:, : len(codes)] = codes.T
+    halves = blocks.reshape(len(blocks), len(scales), BLOCK)
+    return halves[..., ::2] | halves[..., 1::2] << 4, np.ascontiguousarray(scales.T).reshape(-1)
+
+
 def _dequantized(parts: Sequence[str], name: str, axis: int) -> onnx.NodeProto:
     return onnx.helper.make_node(
-        "DequantizeLinear", parts, [name], name=f"{name}.float", axis=axis, block_size=_BLOCK
+        "DequantizeLinear", parts, [name], name=f"{name}.float", axis=axis, block_size=BLOCK
     )
 
 
@@ -138,6 +189,7 @@ def quantize(
     bits: int,
     beside: str | os.PathLike[str] | None = None,
     keeps: Sequence[str] = INT4_KEEPS,
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> None:
     """Writes a copy in few bits of an exported float32 graph, with its `.data` file beside it.
 
@@ -147,6 +199,7 @@ def quantize(
         bits: 16, 8 or 4.
         beside: A graph of the same bits in the same folder; weights in its data file are read from there.
         keeps: What has 8 bits instead of 4: head, or the names of a layer's matrices, e.g. down_proj.
+        rounded: 4-bit codes of matrices, by name in the graph; the others' weights go to what is nearest.
 
     Raises:
         KoffError: another number of bits, or the disk refuses.
@@ -160,22 +213,16 @@ def quantize(
     model.graph.initializer.extend(constants)
     if bits == 16:
         _halve(model.graph)
-        result = model
     elif bits == 8:
         _to_bytes(model, ("",))
-        result = model
     else:
         _to_bytes(model, tuple(e for name in keeps for e in _HEAD.get(name, (f"{name}.weight",))))
-        quantizer = MatMulNBitsQuantizer(
-            model, bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ROUND_INPUTS
-        )
-        quantizer.process()
-        result = quantizer.model.model
+        _to_nibbles(model, rounded or {})
     target = Path(out_path)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TensorFile(target, None if beside is None else Path(beside)) as data:
-            for tensor in result.graph.initializer:
+            for tensor in model.graph.initializer:
                 tensor.CopyFrom(data.put(tensor.name, onnx.numpy_helper.to_array(tensor)))
-        add_defaults(result)
-        onnx.save(result, target)
+        add_defaults(model)
+        onnx.save(model, target)
