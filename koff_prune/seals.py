@@ -54,7 +54,10 @@ def check_seal(folder: Path, mend: str) -> dict[str, str]:
     if not (folder / SEAL).exists():
         return {}
     if (bad := changed(folder)) is not None:
-        raise KoffError(f"{folder / bad}: is missing or damaged; remove {mend}, and --resume makes it again")
+        raise KoffError(
+            f"{folder / bad}: is missing or damaged; remove {mend}, and --resume makes it again"
+            f" (or, if it was changed on purpose, {folder / SEAL})"
+        )
     return _told(folder) or {}
 
 

@@ -343,6 +343,7 @@ def test_an_answer_ends_where_torchs_ends(place: Path, capsys: pytest.CaptureFix
     told = read_json(path) if path.exists() else {}
     own = read_json(run / "bundle" / "koff.json")["eos"]
     path.write_text(json.dumps({**told, "eos_token_id": [*own, 105]}))
+    (run / "backbone" / "complete").unlink()  # on purpose
     export = ("export", place / "recipe.yaml", "--out", run, "--resume")
     assert koff_prune(capsys, *export, "--set", "export.formats=[safetensors]").code == 0
     assert read_json(run / "bundle" / "koff.json")["eos"] == [*own, 105]
