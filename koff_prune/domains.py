@@ -8,6 +8,7 @@ shuffled too, so that a small budget still sees many documents.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from koff_prune.chat import Chat, chat_tokens, tokens
 from koff_prune.documents import describe, documents
 from koff_prune.progress import say
 from koff_prune.recipe import Domain, Recipe
+from koff_prune.spool import Place, Spool, Texts, shuffled_pieces
 from koff_prune.tensor_file import TensorFile, save_tensors
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ __all__ = [
 ]
 _MANY = 4  # passes over a domain's text above which more of the same is worth a word
 _BATCH = 32  # pieces tokenised at once
+_FEW = 1024  # pieces that are looked at in any case
 _PIECE = 8  # characters of a piece for every token of a window, so that most windows lie within one piece
 
 
@@ -82,10 +85,10 @@ def learned_tokens(windows: torch.Tensor) -> list[int]:
 
 @dataclass
 class _Document:
-    """A text, the keys it came with, those of them that a recipe gave, and whether it is held out."""
+    """Where a text is, the keys it came with, those that a recipe gave, and whether it is held out."""
 
-    text: str
-    keys: set[str] = field(default_factory=set)
+    place: Place
+    keys: set[str | None] = field(default_factory=set)  # None: the text itself
     given: set[str] = field(default_factory=set)
     held: bool = False
 
@@ -94,8 +97,8 @@ class _Document:
 class Sides:
     """The documents of a domain after the split; texts in shuffled order."""
 
-    train: list[str]
-    heldout: list[str]
+    train: Texts
+    heldout: Texts
     digest: str
     counts: dict[str, int]
 
@@ -179,6 +182,7 @@ def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None 
         KoffError: No documents, or none on one of the sides.
     """
     found: dict[str, _Document] = {}  # by the digest of the text
+    spool = Spool()
     read = 0
     many = isinstance(domain.source, list)
     for i, source in enumerate(domain.sources):
@@ -187,28 +191,31 @@ def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None 
             read += 1
             key, text = _encodable(key), _encodable(text)
             held = _share(key) < domain.split.heldout if source.use == "split" else source.use == "heldout"
-            document = found.setdefault(hashlib.sha256(text.encode()).hexdigest(), _Document(text))
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            if (document := found.get(digest)) is None:
+                document = found[digest] = _Document(spool.add(text))
             document.held |= held
-            document.keys.add(key)
+            document.keys.add(None if key == text else key)
             if given:
                 document.given.add(key)
     heldout_keys: set[str] = set()
     for document in found.values():
         if document.held:  # under whichever of its keys; other texts of the others stay out as well
             heldout_keys |= document.given
-    sides: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    sides: dict[bool, list[tuple[str, Place]]] = {False: [], True: []}
     lines, leaks = [], 0
     for digest, document in found.items():
         if not document.held and not heldout_keys.isdisjoint(document.given):
             leaks += 1
             continue
-        key = min(document.keys)  # whichever source came first
+        keys = (spool.read(document.place) if key is None else key for key in document.keys)
+        key = min(keys)  # whichever source came first
         order = hashlib.sha256(f"{seed}\n{key}\n{digest}".encode()).hexdigest()
-        sides[document.held].append((order, document.text))
+        sides[document.held].append((order, document.place))
         side = "heldout" if document.held else "train"
         lines.append(f"{side} {hashlib.sha256(key.encode()).hexdigest()} {digest}\n")
     _need_documents(name, domain, sides)
-    train, heldout = ([text for _, text in sorted(sides[held])] for held in (False, True))
+    train, heldout = (Texts(spool, [at for _, at in sorted(sides[held])]) for held in (False, True))
     counts = {
         "read": read,
         "duplicates": read - len(found),
@@ -216,7 +223,10 @@ def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None 
         "train": len(train),
         "heldout": len(heldout),
     }
-    return Sides(train, heldout, hashlib.sha256("".join(sorted(lines)).encode()).hexdigest(), counts)
+    whole = hashlib.sha256()
+    for line in sorted(lines):
+        whole.update(line.encode())
+    return Sides(train, heldout, whole.hexdigest(), counts)
 
 
 def _of(place: str, found: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -239,7 +249,7 @@ def _share(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
-def _need_documents(name: str, domain: Domain, sides: dict[bool, list[tuple[str, str]]]) -> None:
+def _need_documents(name: str, domain: Domain, sides: dict[bool, list[tuple[str, Place]]]) -> None:
     total = len(sides[False]) + len(sides[True])
     if not total:
         sources = ", ".join(describe(source) for source in domain.sources)
@@ -253,41 +263,48 @@ def _need_documents(name: str, domain: Domain, sides: dict[bool, list[tuple[str,
 
 
 def _stream(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, wanted: int, size: int, seed: int, bos: int | None
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, wanted: int, size: int, seed: int, bos: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of shuffled pieces of about `size` characters, each followed by end-of-text.
 
     Returns:
         `wanted` ids or all there are, and of each id the index of its document; both int64 [tokens].
     """
-    shuffled = []
-    for owner, text in enumerate(texts):
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        for number, piece in enumerate([text] if isinstance(text, Chat) else pieces(text, size)):
-            order = hashlib.sha256(f"{seed}\n{digest}\n{number}".encode()).hexdigest()
-            shuffled.append((order, owner, piece))
-    shuffled.sort()
+    most = max(_FEW, _PIECE * wanted // size)
+    while True:  # the first of the shuffled pieces: all of them may be more than the memory holds
+        shuffled = heapq.nsmallest(most, shuffled_pieces(texts, size, seed))
+        ids, owners = _tokenised(shuffled, texts.spool, tokenizer, wanted, bos)
+        if len(ids) >= wanted or len(shuffled) < most:
+            keep = max(wanted, 0)
+            return torch.tensor(ids[:keep], dtype=torch.long), torch.tensor(owners[:keep], dtype=torch.long)
+        most *= 8  # they were short
+
+
+def _tokenised(
+    shuffled: list[tuple[str, int, Place]], spool: Spool, tokenizer: PreTrainedTokenizerBase, wanted: int,
+    bos: int | None,
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Token ids of pieces until there are `wanted`, and whose they are."""
     ids: list[int] = []
     owners: list[int] = []
     for start in range(0, len(shuffled), _BATCH):
         if len(ids) >= wanted:
             break
-        batch = shuffled[start : start + _BATCH]
+        batch = [(owner, spool.read(place)) for _, owner, place in shuffled[start : start + _BATCH]]
         # split_special_tokens: a text that spells a control token is text.
-        plain = [piece for _, _, piece in batch if not isinstance(piece, Chat)]
+        plain = [piece for _, piece in batch if not isinstance(piece, Chat)]
         encoded = iter(tokenizer(
             plain, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
             verbose=False,
         )["input_ids"] if plain else [])  # fmt: skip
-        for _, owner, piece in batch:
+        for owner, piece in batch:
             if isinstance(piece, Chat):
                 row = [*_without(bos, chat_tokens(piece, tokenizer)), -1 - tokenizer.eos_token_id]
             else:
                 row = [*next(encoded), tokenizer.eos_token_id]
             ids += row
             owners += [owner] * len(row)
-    keep = max(wanted, 0)
-    return torch.tensor(ids[:keep], dtype=torch.long), torch.tensor(owners[:keep], dtype=torch.long)
+    return ids, owners
 
 
 def _without(bos: int | None, row: list[int]) -> list[int]:
@@ -295,25 +312,12 @@ def _without(bos: int | None, row: list[int]) -> list[int]:
     return row[1:] if bos is not None and row and row[0] in (bos, -1 - bos) else row
 
 
-def pieces(text: str, size: int) -> Iterator[str]:
-    """Divides a text into pieces of about `size` characters, at line ends or else at spaces."""
-    start = 0
-    while len(text) - start > size * 3 // 2:
-        cut = text.rfind("\n", start + size // 2, start + size)
-        if cut < 0:
-            cut = text.rfind(" ", start + size // 2, start + size)
-        end = cut + 1 if cut >= 0 else start + size
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
 def _size_key(section: str, asked: Any) -> str:
     """Which key of a section decides how much text it needs: one window is needed at least."""
     return f"{section}.{'tokens' if asked.tokens >= asked.window else 'window'}"
 
 
-def _need(name: str, side: str, stream: torch.Tensor, texts: list[str], key: str, needed: int) -> None:
+def _need(name: str, side: str, stream: torch.Tensor, texts: Texts, key: str, needed: int) -> None:
     if len(stream) < needed:
         raise KoffError(
             f"domain '{name}': its {side} text is too short, {len(stream)} tokens in {len(texts)} documents "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +18,10 @@ from hypothesis import strategies as st
 from text_helpers import jsonl, tiny_tokenizer
 
 from koff_export.errors import KoffError
-from koff_prune import domains
-from koff_prune.domains import load_blocks, load_domain, pieces, save_blocks, split_documents
+from koff_prune import domains, spool
+from koff_prune.domains import load_blocks, load_domain, save_blocks, split_documents
 from koff_prune.recipe import Domain, Recipe, TextSource
+from koff_prune.spool import pieces
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -75,7 +78,9 @@ def test_nothing_held_out_is_trained_on(rows: list[tuple[str, str, str]], rng: r
     clean = {t for _, t, _ in rows} - held_texts - {t for key, t, _ in rows if key in held_keys}
     assert sorted(sides.train) == sorted(clean)
     rng.shuffle(rows)
-    assert sides_of(rows) == sides
+    again = sides_of(rows)
+    assert [*again.train] == [*sides.train] and [*again.heldout] == [*sides.heldout]
+    assert (again.digest, again.counts) == (sides.digest, sides.counts)
 
 
 def test_a_key_decides_its_side_by_its_hash_alone(tmp_path: Path) -> None:
@@ -160,6 +165,53 @@ def test_more_tokens_only_extend(corpus: str) -> None:
         len(t.encode()) for t in split_documents("d", Domain(source=TextSource(path=corpus)), seed=0).train
     )
     assert total // 32 <= len(endless) < 2 * total // 32
+
+
+def test_the_same_from_a_file_and_in_small_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little of a text is in memory, and however few pieces are looked at first."""
+    path = jsonl(tmp_path / "f.jsonl", [{"text": f"letter {i}"} for i in range(900)])
+    whole = recipe({"d": {"source": str(path)}}, learn={"tokens": 3000, "settle_tokens": 0, "window": 32})
+    before = load(whole)
+    monkeypatch.setattr(spool, "IN_MEMORY", 10)
+    monkeypatch.setattr(domains, "_FEW", 1)
+    after = load(whole)
+    assert before.documents["train_used"] > 8 * 3070 // 32 // 8  # more than are looked at first
+    for name in ("train", "scoring", "heldout", "prefill"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+    assert before.heldout_documents == after.heldout_documents
+
+
+LARGE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_domains import load, recipe
+from text_helpers import jsonl
+def peak():  # not ru_maxrss, which a process inherits
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**10
+path = Path(sys.argv[2]) / "large.jsonl"
+word = "".join(chr(97 + n * n % 26) for n in range(990)) + " "
+with path.open("w") as file:
+    for n in range(2500):
+        file.write('{"text": "' + f"{n} " + word * 100 + '"}\\n')
+load(recipe({"d": {"source": {"path": str(path), "limit": 20}}}))
+before = peak()
+blocks = load(recipe({"d": {"source": str(path)}}))
+print(path.stat().st_size / 2**20, peak() - before, blocks.documents["read"])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.timeout(200)
+def test_a_corpus_may_be_larger_than_the_memory(tmp_path: Path) -> None:
+    """It is read and kept in a file; what stays in memory is where its texts are."""
+    command = [sys.executable, "-c", LARGE, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    size, grown, read = map(float, done.stdout.split())
+    assert size > 230 and read == 2500
+    assert grown < size / 4, (grown, size)
 
 
 def test_the_same_everywhere(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         learn={"tokens": 1024, "settle_tokens": 256, "batch": 4, "gates": {"prior_tokens": 1000}},
         compare=["fisher", {"method": "dense", "trained_with": "same"}],
     )
-    for processes in (1, 2):
+    for processes in (1, 2, 4):
         done = launch(tmp_path, processes, "apply", recipe, "--out", tmp_path / f"run-{processes}")
         assert done.returncode == 0, done.stderr
     one, first, second = (
