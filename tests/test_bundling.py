@@ -20,7 +20,7 @@ from model_helpers import tiny_config, token_ids
 from peft import PeftModel
 from run_helpers import Answer, koff_prune, mistake, recipe_of
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from koff_export.bundle import write_manifest
 from koff_export.cli import main as koff_run
@@ -28,7 +28,7 @@ from koff_export.errors import KoffError
 from koff_export.files import read_json
 from koff_export.runtime import Runtime
 from koff_export.ship import ship
-from koff_prune import load_backbone, load_bundle
+from koff_prune import apply, load_backbone, load_bundle
 from koff_prune.plan import Plan
 
 MEMORIES = (None, "law", "code")
@@ -193,6 +193,27 @@ def test_peft_opens_a_memorys_folder(bundle: Path, place: Path) -> None:
         PeftModel.from_pretrained(dense, bundle / "memories" / "law")
     opened = PeftModel.from_pretrained(load_backbone(bundle), bundle / "memories" / "law")
     assert any("lora_B" in n for n, _ in opened.named_parameters())
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_stock_programs_open_a_uniform_bundle(tmp_path: Path, shape: str) -> None:
+    """transformers opens the backbone and PEFT a memory of LoRA alone: the same logits as `load_bundle`'s."""
+    recipe = recipe_of(
+        tmp_path,
+        tiny_config(shape, num_hidden_layers=2),
+        structure={"widths": "uniform"},
+        memory={"kv": "none"},
+    )
+    folder = apply(recipe, tmp_path / "run") / "bundle"
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    ids = token_ids(2, 9)
+    with torch.no_grad():
+        bare = stock(input_ids=ids).logits
+        assert torch.equal(bare, load_bundle(folder)(input_ids=ids).logits)
+        found = PeftModel.from_pretrained(stock, folder / "memories" / "law")(input_ids=ids).logits
+        assert (found - load_bundle(folder, "law")(input_ids=ids).logits).abs().max() < 1e-5
+        assert (found - bare).abs().max() > 1e-3
+    assert AutoTokenizer.from_pretrained(folder, local_files_only=True)("any court")["input_ids"]
 
 
 def test_an_unknown_memory_is_told(bundle: Path) -> None:
