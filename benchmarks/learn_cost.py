@@ -5,8 +5,9 @@
 
 Every point is a process of its own, so that its peak memory is its own; the points of a group take turns, and
 the median over rounds counts. `beside`: the recipe's model, ours and plain. `domains`, `window`, `size`: ours
-on random Llamas, the same tokens at every point, with the exponent of a fitted power law. Seconds are told by
-the wall and by the processor (all threads); on a busy machine, only the latter means something.
+on random Llamas, the same tokens at every point, with the exponent of a fitted power law, drawn beside the
+JSON (.svg). Seconds are told by the wall and by the processor (all threads): on a busy machine, the latter
+alone means something.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from pathlib import Path
 from typing import Any
 
 # Random Llamas: hidden size, FFN neurons, layers, query heads, KV heads; 8,192 words, tied.
-SIZES = {"10M": (256, 1024, 8, 4, 2), "30M": (512, 1536, 9, 8, 4), "100M": (768, 2304, 14, 12, 4)}
+SIZES = {
+    "10M": (256, 1024, 8, 4, 2), "30M": (512, 1536, 9, 8, 4), "100M": (768, 2304, 14, 12, 4),
+    "300M": (1024, 3840, 21, 16, 8),
+}  # fmt: skip
+GROWS = {"domains": "domains", "window": "tokens of a window", "size": "parameters"}  # what x is, by group
 
 
 def points(group: str, steps: int) -> list[dict[str, Any]]:
@@ -237,6 +242,37 @@ def measure(group: str, asked: argparse.Namespace, folder: Path) -> dict[str, An
     return result
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Time for each token and peak memory as each group grows, beside straight lines of the exponents."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from koff_prune.figures import BLUE, ORANGE
+
+    groups = [group for group in GROWS if group in result]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "learn", "font.size": 10,
+                     "axes.spines.top": False, "axes.spines.right": False}):  # fmt: skip
+        figure = Figure(figsize=(3.6 * len(groups), 3.6), layout="constrained")
+        for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+            rows = result[group]["rows"]
+            x = [row["x"] for row in rows]
+            for key, colour, label in (("processor", BLUE, "time a token"), ("peak", ORANGE, "peak memory")):
+                y = [row[key] / rows[0][key] for row in rows]
+                axes.plot(
+                    x, y, "o-", color=colour, label=f"{label}: x^{result[group][f'exponent_{key}']:.2f}"
+                )
+            axes.set(xlabel=GROWS[group], xscale="log", yscale="log")
+            ticks = [0.5, 1, 2, 5, 10, 20, 50]
+            top = max(row[key] / rows[0][key] for row in rows for key in ("processor", "peak"))
+            axes.set_yticks(ticks, [str(tick) for tick in ticks])
+            axes.set_ylim(0.4, max(2.5, 1.3 * top))
+            axes.set_xticks(x, [f"{value:.3g}" if value < 1e6 else f"{value / 1e6:.0f} M" for value in x])
+            axes.minorticks_off()
+            axes.legend(frameon=False, loc="upper left")
+        figure.supylabel("beside the first point")
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 def main() -> None:
     """Measures the groups asked for."""
     parser = argparse.ArgumentParser(
@@ -265,6 +301,8 @@ def main() -> None:
         for group in asked.only.split(","):
             result[group] = measure(group, asked, Path(folder))
             asked.out.write_text(json.dumps(result, indent=2) + "\n")
+    if GROWS.keys() & result.keys():
+        draw(result, asked.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ front of each product; whoever opens it chooses what that means: ONNX Runtime by
 the product's inputs to 8 bits as well and computes in them (`int8_dynamic`: fast, small in memory); told not
 to, it computes the float32 weights once (`int8`: exact, as fast and as large in memory as float32). int4 is
 `MatMulNBits`, inputs rounded to 8 bits, whose codes come from elsewhere (`rounded`) or are the nearest; but
-for what `keeps` names, unsaid the head and the two matrices of a layer that 4 bits hurt most for their size:
-these have 8, as `int8_dynamic`.
+for what `keeps` names, unsaid the matrix of a layer that 4 bits hurt most for its size: this has 8, as
+`int8_dynamic`.
 
 The embedding has 8 bits in both: words are looked up in bytes, and the few that were are made float32. A tied
-head multiplies with the very same bytes, which stand in the file once.
+head that has 8 as well multiplies with the very same bytes, which stand in the file once.
 
 Needs onnx; imported only when exporting.
 """
@@ -33,7 +33,7 @@ from koff_export.tensors import TensorFile
 BITS = {"fp16": 16, "int8": 8, "int4": 4}  # of the precisions that have a file of their own, beside fp32
 BLOCK = 32  # weights that share a scale
 LOWEST = -8  # of 4 bits, stored as 0
-INT4_KEEPS = ("head", "v_proj", "down_proj")  # in 8 bits: these halve what SmolLM2-135M loses
+INT4_KEEPS = ("v_proj",)  # in 8 bits: the matrix that 4 bits hurt most for its size
 _HEAD = {"head": ("head_weight", "lm_head.weight")}  # tied, and its own
 _ROUND_INPUTS = 4  # `MatMulNBits`' accuracy_level: next to nothing beside what 4 bits lose
 _OPSET = 21  # the first whose DequantizeLinear knows blocks
