@@ -69,7 +69,7 @@ def summarise(
             "sparsity": sparsity, "tokens": tokens, "seeds": [rows[0]["seed"] for rows in runs],
             "rows": table, "closed": _closed(runs, tables), "offloaded": _offloaded(runs),
         })  # fmt: skip
-    _holm(tests)
+    holm(tests)
     summary = {"format": 1, "points": result, "tests": tests}
     rough = [s for _, rows in found if (koff := cast(rows).koff) for s in few_documents(koff)]
     return {
@@ -249,7 +249,7 @@ def _tests(
         ]
         with np.errstate(invalid="ignore"):  # two that diverged are apart by no number
             lead = float(np.mean(leads))
-        test: dict[str, Any] = {**where, "against": label, "seeds": len(leads), "lead": lead}
+        test: dict[str, Any] = {**where, "against": label, "seeds": len(leads), "lead": lead, "leads": leads}
         if len(leads) > 1 and np.isfinite(leads).all():
             for side, name in (("greater", "p_better"), ("less", "p_worse")):
                 # the same arm by another name leads by nothing in every seed: no test, and no difference
@@ -258,7 +258,7 @@ def _tests(
     return result
 
 
-def _holm(tests: list[dict[str, Any]]) -> None:
+def holm(tests: list[dict[str, Any]]) -> None:
     """Adds corrected p-values, and the word for each: better, worse or not shown."""
     for name in ("p_better", "p_worse"):
         ranked = sorted((t for t in tests if name in t), key=lambda t: t[name])
