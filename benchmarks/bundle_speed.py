@@ -41,7 +41,9 @@ GGUF = {
 }  # the type that stands for a precision
 
 
-def race(cases: dict[str, Case], tokens: int, rounds: int, threads: int) -> list[dict[str, dict[str, float]]]:
+def race(
+    cases: dict[str, Case], tokens: int, rounds: int, threads: int, prompts: list[int], batches: list[int]
+) -> list[dict[str, dict[str, float]]]:
     """Seconds by case and measure, of every round. All cases are open at once and take turns."""
     engines = {name: opened(case, threads) for name, case in cases.items()}
 
@@ -57,10 +59,10 @@ def race(cases: dict[str, Case], tokens: int, rounds: int, threads: int) -> list
     for n in range(rounds):
         rows: dict[str, dict[str, float]] = {name: {} for name in engines}
         order = list(engines.items())[:: 1 if n % 2 else -1]  # nobody is always behind the same one
-        for prompt in PROMPTS:
+        for prompt in prompts:
             for name, case in order:
                 timed(rows[name], f"prefill_{prompt}", partial(case.prefill, prompt))
-            for batch in BATCHES:
+            for batch in batches:
                 for _, case in order:
                     case.prefill(prompt)
                     case.widen(batch)
@@ -279,7 +281,8 @@ def compare(run: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     }
                     for label, case in cases.items()
                 }
-            rounds = in_a_process("race", cases, args.tokens, args.rounds, args.threads)
+            how = (args.tokens, args.rounds, args.threads, args.prompt or PROMPTS, args.batch or BATCHES)
+            rounds = in_a_process("race", cases, *how)
             found = result["races"][f"{precision} {race_name}"] = tell(rounds, args.tokens)
             for pair, ratios in found["ratios"].items():
                 print(precision, race_name, pair, ratios, flush=True)
@@ -339,6 +342,8 @@ def main() -> None:
         "--profile", action="append", help="race it beside the dense one; repeatable, default all"
     )
     parser.add_argument("--engine", action="append", choices=ENGINES, help="only this one; repeatable")
+    parser.add_argument("--prompt", type=int, action="append", help="tokens before; repeatable")
+    parser.add_argument("--batch", type=int, action="append", help="texts at a time; repeatable")
     parser.add_argument("--out", type=Path, default=HERE / "bundle_speed.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()

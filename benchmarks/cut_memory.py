@@ -210,6 +210,9 @@ def main() -> None:
         "largest_exported_file_gb": round(largest / 1e9, 2),
         "copying_seconds": [round(c, 1) for c in copies],
         "stages": told,
+        "cut_and_export_to_copying": round(
+            (results["cut, none"]["seconds"] + results["export"]["seconds"]) / copied, 2
+        ),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[1], 1),
         "versions": versions(),
