@@ -29,7 +29,7 @@ class OnnxExport(Section):
     int4_rounding: Literal["gptq", "nearest"] = Field(
         default="gptq",
         description="How weights come to 4 bits: gptq makes them up for one another's rounding on some of the"
-        " domains' text, and halves the loss; nearest reads no text and takes no time.",
+        " domains' text, and loses a third as much; nearest reads no text and takes no time.",
     )
     profiles: list[Literal["portable", "fused"]] = Field(
         default=["portable"],
