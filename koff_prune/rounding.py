@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from koff_export.quantize import BLOCK, LOWEST, Rounded
+from koff_prune.architecture import native_dtype
 from koff_prune.attach import attach_memory
 from koff_prune.chat import tokens
 from koff_prune.cut import load_backbone
@@ -45,6 +46,8 @@ def round_matrices(
         keeps: Matrices that are not rounded to 4 bits, as `export.onnx.int4_keeps`.
     """
     model = load_backbone(folder)
+    if native_dtype() == "float32":
+        model = model.float()  # 16 bits would be read through float32, and slowly
     found: dict[str, Rounded] = {}
     groups = list(_groups(model, keeps))
     read = {name: windows[: max(1, ROUNDED_ON // windows.shape[1])] for name, windows in texts.items()}
