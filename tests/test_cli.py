@@ -331,8 +331,9 @@ def test_help_needs_neither_torch_nor_a_second() -> None:
 
 
 def test_an_interruption_while_it_is_imported_is_one_word() -> None:
-    code = (
-        "import builtins, os, signal\nfrom koff_prune.__main__ import main\nmake = builtins.__import__\n"
+    code = (  # what a shell starts with & ignores SIGINT
+        "import builtins, os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from koff_prune.__main__ import main\nmake = builtins.__import__\n"
         "def slow(name, *rest):\n    if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
         "    return make(name, *rest)\nbuiltins.__import__ = slow\nmain()\n"
     )
