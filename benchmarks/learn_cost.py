@@ -26,7 +26,7 @@ from typing import Any
 # Random Llamas: hidden size, FFN neurons, layers, query heads, KV heads; 8,192 words, tied.
 SIZES = {
     "10M": (256, 1024, 8, 4, 2), "30M": (512, 1536, 9, 8, 4), "100M": (768, 2304, 14, 12, 4),
-    "300M": (1024, 3840, 21, 16, 8),
+    "300M": (1024, 3840, 21, 16, 8), "1B": (2048, 8192, 16, 32, 8),
 }  # fmt: skip
 GROWS = {"domains": "domains", "window": "tokens of a window", "size": "parameters"}  # what x is, by group
 

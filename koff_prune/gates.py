@@ -109,13 +109,10 @@ class Gates(nn.Module):
         self.power = 1.0 if information is None else MEND  # of a cost in its unit's information
         self.register_buffer("chosen", self.alpha.detach().clone())  # alpha that the step's mask comes from
         self.register_buffer("surprise", torch.zeros_like(self.cost))  # weighted mean, see `observe`
-        self.register_buffer(
-            "squares", torch.zeros_like(self.cost)
-        )  # of the gradients' parts by token, summed
+        self.register_buffer("squares", torch.zeros_like(self.cost))  # of gradients by token, summed
         self._squared = self.squares.clone()
-        self.register_buffer(
-            "weights", torch.zeros(3, dtype=torch.float64)
-        )  # sums of weight, weight^2, tokens
+        # sums of weight, of weight^2, of tokens
+        self.register_buffer("weights", torch.zeros(3, dtype=torch.float64))
 
     def _start(self, start: Scores | None, count: int) -> torch.Tensor:
         """Normal quantiles of the start's ranks: one scale, so that one learning rate fits every start."""
@@ -306,16 +303,17 @@ class _Gate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, z: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-        """X [..., channels] in any dtype, z float32 [channels], into float32 [units]."""
-        closed = (z == 0).nonzero().squeeze(1)
+    def forward(
+        ctx: Any, x: torch.Tensor, z: torch.Tensor, closed: torch.Tensor, into: torch.Tensor
+    ) -> torch.Tensor:
+        """X [..., channels] in any dtype, z float32 [channels], closed int64: where z is 0, into [units]."""
         gated = x * z.to(x.dtype)
         ctx.save_for_backward(gated, x[..., closed], closed, z)
         ctx.into = into
         return gated
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         """Gradients of x and z."""
         gated, behind, closed, z = ctx.saved_tensors
         parts = grads[0] * gated
@@ -323,7 +321,7 @@ class _Gate(torch.autograd.Function):
         parts = parts.reshape(-1, len(z)).float()
         by_unit = parts if len(z) == len(ctx.into) else parts.view(len(parts), len(ctx.into), -1).sum(2)
         ctx.into += by_unit.square().sum(0)
-        return grads[0] * z.to(gated.dtype), parts.sum(0), None
+        return grads[0] * z.to(gated.dtype), parts.sum(0), None, None
 
 
 class GateHooks:
@@ -335,6 +333,8 @@ class GateHooks:
     def __init__(self, model: nn.Module, units: Units) -> None:
         self.device = device_of(model)
         self.z: dict[tuple[int, UnitKind], torch.Tensor] = {}
+        self.closed: dict[tuple[int, UnitKind], torch.Tensor] = {}  # channels, of the step's draw
+        self._draw: torch.Tensor | None = None  # that `closed` is of
         self.squares: dict[tuple[int, UnitKind], torch.Tensor] = {}
         self._handles = []
         for i, layer in enumerate(decoder_layers(model)):
@@ -348,24 +348,28 @@ class GateHooks:
             if z is None:
                 return None
             x, into = args[0], self.squares.get((layer, kind))
-            gated = x * z.to(x.dtype) if into is None else _Gate.apply(x, z, into)
-            return (gated, *args[1:])
+            if into is None:
+                return (x * z.to(x.dtype), *args[1:])
+            return (_Gate.apply(x, z, self.closed[(layer, kind)], into), *args[1:])
 
         return gate
 
     def set(self, gates: Gates, z: torch.Tensor) -> None:
         """Closes and opens units: z is float [gated units], with or without a gradient."""
         self.z = {}
-        z = z.to(self.device)
+        new, self._draw = z is not self._draw, z
+        there = z.to(self.device)
         for i, kind, a, b in gates.slots:
             have = self.units.layers[i]
+            # a KV group gates the outputs of all its query heads
+            channels = have.queries * have.head_dim if kind == "kv_groups" else 1
+            part = there[a:b]
+            self.z[(i, kind)] = _spread(part, channels)
             if gates.form == RE_ESTIMATED:
                 self.squares[(i, kind)] = gates.gathered(self.device)[a:b]
-            part = z[a:b]
-            # a KV group gates the outputs of all its query heads
-            self.z[(i, kind)] = (
-                part.repeat_interleave(have.queries * have.head_dim) if kind == "kv_groups" else part
-            )
+                if new:  # looked up where the draw is, once a step: a pass must not wait for its device
+                    shut = _spread(z.detach()[a:b] == 0, channels).nonzero().squeeze(1)
+                    self.closed[(i, kind)] = shut.to(self.device)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -380,6 +384,11 @@ class GateHooks:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+
+def _spread(values: torch.Tensor, channels: int) -> torch.Tensor:
+    """Each value as often as its unit has channels; `repeat_interleave` would wait for its device."""
+    return values[:, None].expand(-1, channels).reshape(-1)
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from model_helpers import memories_on, random_scores, tiny_model, token_ids
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from koff_prune.gates import BETA, EVERY, GAMMA, ZETA, GateHooks, Gates
 from koff_prune.plan import choose, removed_parameters
@@ -191,6 +193,37 @@ def test_the_gates_way_back_sums_squares_by_token(units: Units, kind: str) -> No
         parts = grad.view(14, b - a, -1).sum(2)
         torch.testing.assert_close(gates.squares[a:b], parts.square().sum(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(z.grad[a:b], parts.sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_asks_nothing_whose_answer_its_size_depends_on(units: Units) -> None:
+    """On a GPU every such question (which channels are closed?) is a wait for all that was asked before."""
+
+    class Questions(TorchDispatchMode):
+        asked: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            depends = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+            if depends and func is not torch.ops.aten.index.Tensor:  # by numbers, its size is known
+                self.asked.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = tiny_model()
+    structure = Structure(units=["ffn_neurons", "kv_groups"], sparsity=0.3, of="blocks", round_to=4)
+    gates = Gates(units, structure, "re_estimated", random_scores(units), 0, 100)
+    hooks, ids = GateHooks(model, units), token_ids(2, 7)
+    gates.advance(0, 0.3)
+    hooks.set(gates, gates.draw())
+    again = gates.draw()
+    with Questions() as questions:
+        hooks.set(gates, again)  # for the next batch of the same step
+        model(input_ids=ids).logits.square().sum().backward()
+    hooks.remove()
+    assert questions.asked == []
+    assert any(len(closed) for closed in hooks.closed.values())
+    gates.advance(8, 0.1)
+    with Questions():
+        hooks.set(gates, gates.draw())
+    assert "aten.nonzero.default" in Questions.asked  # another draw
 
 
 def test_a_re_estimated_mask_stays_for_some_steps(units: Units) -> None:
