@@ -1,7 +1,8 @@
 """Peak memory and time of plan, cut and export of a model that is larger than what may be in memory.
 
     python benchmarks/cut_memory.py [--config recipes/llama-3.2-3b/config.json] [--exact] [--onnx]
-                                    [--work FOLDER] [--out benchmarks/cut_memory.json]
+                                    [--precision int8] [--memory] [--keep FOLDER | --work FOLDER]
+                                    [--out benchmarks/cut_memory.json]
 
 Writes a random bfloat16 model of that shape, a tensor at a time, and runs the stages of `koff-prune` on it,
 each in a process of its own: magnitude's plan at 12%, the cut (exact, and compensated under random second
@@ -23,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +108,8 @@ def write_moments(folder: Path, config_file: Path) -> None:
     (folder / "model.safetensors").rename(folder / "statistics.safetensors")
 
 
-def recipe(folder: Path, compensate: str, formats: str) -> Path:
-    """Magnitude pruning of FFN neurons: no text is scored on, nothing is trained."""
+def recipe(folder: Path, compensate: str, export: dict[str, Any], memory: bool) -> Path:
+    """Magnitude pruning of FFN neurons: no text is scored on, and at most a memory is trained, for a step."""
     path = folder / f"{compensate}.yaml"
     path.write_text(
         "version: 1\n"
@@ -115,12 +117,12 @@ def recipe(folder: Path, compensate: str, formats: str) -> Path:
         "domains: {words: {source: words}}\n"
         "structure: {units: [ffn_neurons], sparsity: 0.12, round_to: 64}\n"
         f"cut: {{compensate: {compensate}}}\n"
-        "memory: {lora: none, kv: none}\n"
-        "learn: {tokens: 0, settle_tokens: 0, window: 16,"
+        + ("" if memory else "memory: {lora: none, kv: none}\n")
+        + f"learn: {{tokens: {16 if memory else 0}, settle_tokens: 0, window: 16,"
         " gates: {form: straight_through, start: magnitude}}\n"
         "scoring: {tokens: 16, window: 16}\n"
         "evaluate: {tokens: 16, window: 16}\n"
-        f"export: {{formats: [{formats}]}}\n"
+        f"export: {json.dumps(export)}\n"
     )
     return path
 
@@ -154,7 +156,11 @@ def main() -> None:
         "--exact", action="store_true", help="without the compensated cut and its second moments"
     )
     parser.add_argument("--onnx", action="store_true", help="export the graph too, in float32")
+    parser.add_argument("--precision", action="append", default=[], choices=["fp16", "int8", "int4"],
+                        help="of more graphs, portable and fused; repeatable, with --onnx")  # fmt: skip
+    parser.add_argument("--memory", action="store_true", help="with a memory, trained for one step")
     parser.add_argument("--work", type=Path, help="an empty or new folder with about 25 GB free")
+    parser.add_argument("--keep", type=Path, help="a new folder that keeps the model and its run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/cut_memory.json"))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
@@ -171,7 +177,12 @@ def main() -> None:
         print(json.dumps(measured(work)))
         return
     config_file = asked.config.resolve()
-    with tempfile.TemporaryDirectory(dir=asked.work) as place:
+    export: dict[str, Any] = {"formats": ["safetensors", "onnx"] if asked.onnx else ["safetensors"]}
+    if asked.precision:
+        export["onnx"] = {"precision": ["fp32", *asked.precision], "profiles": ["portable", "fused"],
+                          "int4_rounding": "nearest"}  # fmt: skip
+    keeping = asked.keep is not None
+    with nullcontext(asked.keep) if keeping else tempfile.TemporaryDirectory(dir=asked.work) as place:
         folder = Path(place)
         write_model(config_file, folder / "model")
         weights = Weights.open(folder / "model")
@@ -179,8 +190,9 @@ def main() -> None:
         copies = [copying(folder / "model", folder / "copy")]
         results: dict[str, Any] = {}
         for compensate in ("none",) if asked.exact else ("none", "least_squares"):
-            formats = "safetensors, onnx" if asked.onnx else "safetensors"
-            path, out = recipe(folder, compensate, formats), folder / f"run-{compensate}"
+            path, out = recipe(folder, compensate, export, asked.memory), folder / f"run-{compensate}"
+            if asked.memory:
+                results[f"learn, {compensate}"] = stage("learn", path, out)
             results[f"plan, {compensate}"] = stage("plan", path, out)
             if compensate == "least_squares":
                 write_moments(out, config_file)
@@ -190,7 +202,8 @@ def main() -> None:
                 results["export"] = stage("export", path, out)
                 largest = max(f.stat().st_size for f in (out / "bundle").rglob("*") if f.is_file())
                 results["verify"] = stage("verify", path, out)
-            shutil.rmtree(out)
+            if not keeping:
+                shutil.rmtree(out)
         copied = sum(copies) / len(copies)
         told = {
             name: {

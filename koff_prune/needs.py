@@ -19,6 +19,7 @@ ROOMY = 2**27  # elsewhere, where a product of few rows wastes the device
 FEWEST = 64  # rows, however large the vocabulary: every product reads the whole head
 TRAINED = 16  # bytes of a trained number: itself, its gradient, Adam's two moments; float32
 NF4 = 0.516  # bytes of a number in 4 bits and its share of a block's scale (Dettmers et al. 2023)
+PROGRAM = 450 * 2**20  # bytes of the imported libraries, on the host
 GATED = 40  # bytes of a gate: the same, and what re-estimated ones gather
 
 
@@ -115,7 +116,7 @@ class Needs:
     @property
     def host(self) -> int:
         """Bytes on a machine that scores, then learns, on its processor."""
-        return max(self.device, self.whole + self.second_moments)
+        return PROGRAM + max(self.device, self.whole + self.second_moments)
 
 
 def needs(

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of every stage: no finished stage is lost, and every run ends alike."""
+"""kill -9 and full disks in every stage: no finished stage is lost, and every run ends alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -27,6 +29,16 @@ STAGES = list(LANDMARKS)
 KEPT = ("domains", "statistics.safetensors", "gates.safetensors", "learned", "plan.json", "backbone",
         "memories", "bundle")  # fmt: skip
 ONNX = {"formats": ["safetensors", "onnx"], "onnx": {"precision": ["fp32"]}}
+
+# A disk of $2 kB at $1, in a namespace of its own: a run that fills it, what is left of that, and the run again
+# with room. $3 is the recipe, $4 where both are copied to.
+FULL = """
+mount -t tmpfs -o size=$2k tmpfs "$1"
+"$5" -m koff_prune apply "$3" --out "$1/run" --resume --threads 1; echo $? > "$4/code"
+cp -a "$1/run" "$4/partial"
+mount -o remount,size=4g "$1" && "$5" -m koff_prune apply "$3" --out "$1/run" --resume --threads 1 2> "$4/log" \
+  && cp -a "$1/run" "$4/whole"
+"""
 
 # Every process is forked from one that has imported everything: the moments lie in the stages.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -169,3 +181,36 @@ def test_kills_at_random_moments(formats: str, trials: int, tmp_path: Path) -> N
         assert left == [str(trial.out / ".lock")]
     print(json.dumps({"seconds": times, "killed in": hits, "kills": sum(hits.values()) - hits["done"]}))
     assert all(hits[stage] for stage in (STAGES if formats == "safetensors" else ["export"])), hits
+
+
+@pytest.mark.slow
+def test_disks_that_are_full(tmp_path: Path) -> None:
+    """Real ones (tmpfs), full after any share of what a run writes: a sentence, and with room it goes on."""
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("needs unshare, and to be let mount a tmpfs in a namespace")
+    recipe_of(tmp_path, learn={"tokens": 1536, "settle_tokens": 768}, export=ONNX)
+    whole = Trial(tmp_path, "run")
+    whole.end()
+    expected = outcome(whole.out)
+    used = sum(p.stat().st_blocks // 2 for p in whole.out.rglob("*") if p.is_file())
+    hits: Counter[str] = Counter()
+    for n in range(1, 25):
+        place, disk = tmp_path / f"disk-{n}", tmp_path / "mnt"
+        place.mkdir()
+        disk.mkdir(exist_ok=True)
+        arguments = [disk, str(used * n // 25), tmp_path / "recipe.yaml", place, sys.executable]
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", FULL, "sh", *map(str, arguments)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, (done.stderr, (place / "log").read_text())
+        code = int((place / "code").read_text())
+        told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert code == 2 and len(told) == 1 and "the disk is full" in told[0], done.stderr
+        assert "Traceback" not in done.stderr
+        trial = Trial(place, "partial")
+        hits[trial.stage()] += 1
+        trial.check()
+        assert outcome(place / "whole") == expected, f"disk {n} ended otherwise"
+        shutil.rmtree(place)
+    print(json.dumps({"kB": used, "full in": hits}))
+    assert len(hits) > 3, hits
