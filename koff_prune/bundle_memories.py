@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from koff_export import genai
@@ -25,14 +26,15 @@ from koff_prune.adding import in_words_of_add, recipe_of, same_work
 from koff_prune.attach import attach, attach_memory
 from koff_prune.bundle_places import ADDING, beside, check_places, shipped, unlisted
 from koff_prune.bundling import MEMORY_LEARN, compose_saved
+from koff_prune.compose import equal_weights
 from koff_prune.cut import load_backbone
 from koff_prune.device import on_device
 from koff_prune.domains import load_domain
 from koff_prune.evaluate import mean_nats, window_losses
-from koff_prune.formats import tell_memory, write_gguf_memory, write_onnx_memory
+from koff_prune.formats import lora_slots, tell_memory, write_gguf_memory, write_onnx_memory
 from koff_prune.learn import Phase, spends, steps_of, train
 from koff_prune.lock import alone
-from koff_prune.memory import Memories, save_memory
+from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.numerics import CHECKED, TOLERANCE, numerics
 from koff_prune.packing import extract, pack
 from koff_prune.progress import bar, say
@@ -104,9 +106,10 @@ def add_memory(
         tokenizer = AutoTokenizer.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
         with in_words_of_add(name):
             blocks = load_domain(name, recipe.domains[name], tokenizer, recipe, bos=manifest.bos)
-        same_work(work, recipe)
         model = on_device(load_backbone(bundle))
         memories = Memories(model, recipe.memory, {name: blocks.prefill}, recipe.seed)
+        _check_slots(manifest, name, memories.tensors(name))
+        same_work(work, recipe)
         learn = recipe.learn
         with bar(f"training {name}", steps_of(tokens, learn, 1) * learn.window * learn.batch) as progress:
             train(
@@ -163,11 +166,12 @@ def compose_memory(
         _check_name(bundle, manifest, name, replace)
         _check_length(manifest, name, sum(_told(bundle, manifest, part).kv_tokens for part in of))
         place = bundle / _COMPOSED
+        weights = weights or equal_weights([_told(bundle, manifest, part).lora_rank > 0 for part in of])
         try:
             tensors, memory = compose_saved(load_backbone(bundle), bundle, of, weights)
             with staged_dir(place) as aside:
                 save_memory(aside, tensors, memory, str(manifest.model.get("source", "")))
-            more = {"composed": {"of": of, "weights": weights or [1 / len(of)] * len(of)}}
+            more = {"composed": {"of": of, "weights": weights}}
             return _publish(bundle, manifest, name, place, more)
         finally:
             shutil.rmtree(place, ignore_errors=True)
@@ -280,12 +284,30 @@ def _check_length(manifest: Manifest, name: str, kv_tokens: int) -> None:
         )
 
 
+def _check_slots(manifest: Manifest, name: str, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Before anything is trained or replaced: the graph takes LoRA where it was exported with slots."""
+    if manifest.graph is None:
+        return
+    end = ".lora_A.weight"
+    slots = {i.removesuffix(end) for i in manifest.graph.inputs if i.endswith(end)}
+    if missing := lora_slots(tensors.get("lora", {})).keys() - slots:
+        lacking, there = (
+            ", ".join(sorted({m.rpartition(".")[2] for m in some})) for some in (missing, slots)
+        )
+        raise KoffError(
+            f"memory '{name}': the bundle's ONNX graph has no slots for a LoRA around {lacking}; "
+            + (f"set memory.lora.target=[{there}]" if there else "set memory.lora=none")
+            + ", or export the bundle again with a memory that has it"
+        )
+
+
 def _publish(
     bundle: Path, manifest: Manifest, name: str, source: Path, more: dict[str, Any]
 ) -> dict[str, Any]:
     """Moves a memory's files into the bundle and enters it; one that ONNX disagrees with changes nothing."""
     formats = [f for f, there in (("onnx", manifest.graph), ("gguf", manifest.gguf)) if there]
     told = {**tell_memory(source, name, formats), **more}
+    _check_slots(manifest, name, load_memory(source))
     try:
         json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:
@@ -316,9 +338,9 @@ def _publish(
             # everything is written: from here on there are only renames, and an old one's entry goes first
             if name in manifest.domains:
                 set_domain(bundle, name, None)
-            for (
-                target
-            ) in others.values():  # a kill leaves a memory that ONNX lacks, and none that it has still
+            for target in beside(
+                bundle, name
+            ):  # a kill leaves a memory that others lack, none that they have
                 target.unlink(missing_ok=True)
         for aside, target in others.items():
             target.parent.mkdir(exist_ok=True)

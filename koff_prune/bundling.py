@@ -27,7 +27,7 @@ from koff_prune.formats import tell_memory, write_gguf, write_onnx
 from koff_prune.lock import alone
 from koff_prune.memory import MEMORY_FILES, RECOVERY, kind_of, load_memory, memory_of_folder, save_memory
 from koff_prune.merge import folding
-from koff_prune.numerics import TOLERANCE, accuracy, numerics
+from koff_prune.numerics import accuracy, checked_numerics
 from koff_prune.plan import Plan
 from koff_prune.progress import say
 from koff_prune.recipe import Memory
@@ -107,7 +107,9 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         sums = check_seal(backbone, str(backbone))
         weights = {INDEX, *(file.name for file in Weights.open(backbone).files)}
         for file in backbone.iterdir():
-            if file.name not in {SEAL, *weights}:
+            if file.is_dir():  # of a tokenizer with several chat templates
+                shutil.copytree(file, aside / file.name)
+            elif file.name not in {SEAL, *weights}:
                 shutil.copy2(file, aside / file.name)
         folded = [RECOVERY] if recipe.cut.recover is not None else []
         folded += [merge] if merge is not None else []
@@ -166,7 +168,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         write_manifest(aside, manifest, known)
         if manifest["graph"]:
             say("checking ONNX against torch")
-            manifest["numerics"]["onnx_logits"] = numerics(aside)
+            manifest["numerics"]["onnx_logits"] = checked_numerics(aside, str(target))
             measured = domains if merge is None else [merge]
             texts = {name: tokens(run.domains[name].heldout[0]).tolist() for name in measured}
             manifest["numerics"]["precision"] = accuracy(aside, texts)
@@ -280,11 +282,5 @@ def verify(folder: str | Path) -> dict[str, Any]:
                 )
     if manifest.graph is not None:
         del model, units  # the comparison holds one model at a time
-        result["onnx_logits"] = numerics(folder)
-        for name, worst in result["onnx_logits"].items():
-            if not worst <= TOLERANCE:
-                raise KoffError(
-                    f"{folder}: with memory {name} ONNX differs from torch by {worst:.2g},"
-                    f" more than {TOLERANCE}"
-                )
+        result["onnx_logits"] = checked_numerics(folder, str(folder))
     return result

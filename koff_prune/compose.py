@@ -33,7 +33,7 @@ def compose(
     Args:
         model: The backbone that the parts belong to.
         parts: What `load_memory` and `memory_of_folder` give of each.
-        weights: Of each part's LoRA; default: equal, 1 in sum. A cache has no weight: attention weighs it.
+        weights: Of each part's LoRA; default: `equal_weights`. A cache has no weight: attention weighs it.
 
     Returns:
         Tensors as of `load_memory`, and the section that describes them.
@@ -42,7 +42,7 @@ def compose(
         KoffError: Weights that do not fit, a sum that is too large, or positions that cannot be moved.
     """
     if weights is None:
-        weights = [1 / len(parts)] * len(parts)
+        weights = equal_weights([memory.lora is not None for _, memory in parts])
     if len(weights) != len(parts):
         raise KoffError(f"weights: {list(weights)} must be {len(parts)} numbers, one for each memory")
     if not all(math.isfinite(w) for w in weights) or not any(weights):
@@ -66,6 +66,11 @@ def compose(
         result["kv"] = _join_kv(model, caches, tokens)
         kv_section = Kv(tokens=tokens)
     return result, Memory(lora=lora_section, kv=kv_section)
+
+
+def equal_weights(loras: Sequence[bool]) -> list[float]:
+    """1 in sum over the parts that have a LoRA, which weigh alike; of those without, nothing is weighed."""
+    return [1 / (sum(loras) or len(loras))] * len(loras)
 
 
 def _sum_lora(parts: Sequence[tuple[Mapping[str, torch.Tensor], Lora, float]]) -> dict[str, torch.Tensor]:

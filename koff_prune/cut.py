@@ -205,7 +205,7 @@ def load_backbone(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
     except Exception as error:  # what a damaged config makes transformers raise has no common base
         reason = " ".join(str(error).split())[:300]
         raise KoffError(f"{folder}/config.json: not a config that transformers reads ({reason})") from error
-    state = weights.read()
+    state = {name: t.to(dtype) if dtype else t for name, t in weights.read().items()}
     if config.tie_word_embeddings and EMBEDDINGS in state:
         state.setdefault(HEAD, state[EMBEDDINGS])
     try:
@@ -223,8 +223,7 @@ def load_backbone(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
         embed.embed_scale = torch.tensor(embed.scalar_embed_scale)
     if (folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
-    model.requires_grad_(False)
-    return model.to(dtype).eval() if dtype else model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def slice_memory(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from koff_export.bundle import open_manifest
+from koff_export.errors import KoffError
 from koff_prune.attach import attach_memory
 from koff_prune.cut import load_backbone
 
@@ -57,6 +58,22 @@ def numerics(folder: Path, offered: tuple[Path, Path] | None = None) -> dict[str
             result[name] = float(np.maximum(result[name], worst))  # what is not a number stays so
         del runtime
     return {name or "none": worst for name, worst in result.items()}
+
+
+def checked_numerics(folder: Path, called: str) -> dict[str, float]:
+    """`numerics` of a bundle, which is called so in messages.
+
+    Raises:
+        KoffError: A difference is above `TOLERANCE`, or no number.
+    """
+    found = numerics(folder)
+    for name, worst in found.items():
+        if not worst <= TOLERANCE:
+            raise KoffError(
+                f"{called}: with memory {name} ONNX differs from torch by {worst:.2g}, more than {TOLERANCE};"
+                " leave onnx out of export.formats"
+            )
+    return found
 
 
 @torch.no_grad()
@@ -114,6 +131,9 @@ def accuracy(
     Returns:
         By precision: `kl`, the mean KL divergence from float32 in nats per token (0 for fp32 itself), and
         `perplexity`. Empty without texts.
+
+    Raises:
+        KoffError: A graph computes what is no number.
     """
     from koff_export.runtime import Runtime
 
@@ -133,11 +153,13 @@ def accuracy(
             exact = reference.setdefault(name, found)
             kl.append((np.exp(exact) * (exact - found)).sum(1))
             nats.append(-found[np.arange(len(found)), tokens[1:]])
-        mean = float(np.concatenate(nats).mean())
-        result[precision] = {
-            "kl": float(np.concatenate(kl).mean()),
-            "perplexity": math.exp(min(mean, 700)),
-        }
+        lost, mean = float(np.concatenate(kl).mean()), float(np.concatenate(nats).mean())
+        if not (math.isfinite(lost) and math.isfinite(mean)):
+            raise KoffError(
+                f"the {profile} graph in {precision} computes what is no number; leave {precision} out of"
+                " export.onnx.precision"
+            )
+        result[precision] = {"kl": lost, "perplexity": math.exp(min(mean, 700))}
     return result
 
 

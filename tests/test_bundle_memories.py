@@ -102,6 +102,38 @@ def test_a_name_that_is_taken_needs_replace(
     check_files(bundle, open_manifest(bundle))
 
 
+def test_a_lora_that_the_graph_has_no_slots_for_is_told_before_it_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = {"lora": {"rank": 2, "alpha": 4, "target": ["q_proj", "v_proj"]}}
+    recipe = recipe_of(tmp_path, memory=memory, export={"formats": ["safetensors", "onnx"]})
+    package.apply(recipe, tmp_path / "run")
+    (tmp_path / "sea").mkdir()
+    for n in range(40):
+        (tmp_path / "sea" / f"{n}.txt").write_text(f"any return of court {n} of any return of court {n}\n")
+    bundle = tmp_path / "run" / "bundle"
+    asked = "memory.lora.target=[q_proj, up_proj]"
+    told = add(capsys, tmp_path, bundle, "--set", asked)
+    mistake(told, "'sea'", "no slots for a LoRA around up_proj", "memory.lora.target=[q_proj, v_proj]")
+    assert "training" not in told.err and not list(bundle.glob(".adding-*"))
+    assert add(capsys, tmp_path, bundle).code == 0
+
+
+def test_a_replacement_leaves_nothing_of_the_old_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One without LoRA has no GGUF adapter, and the old one's would be taken for its."""
+    structure = {"units": ["ffn_neurons"], "sparsity": 0.1, "widths": "uniform", "round_to": 1}
+    recipe = recipe_of(tmp_path, structure=structure, export={"formats": ["safetensors", "gguf"]})
+    package.apply(recipe, tmp_path / "run")
+    bundle = tmp_path / "run" / "bundle"
+    assert (bundle / "gguf/memories/law.gguf").exists()
+    shutil.copytree(tmp_path / "law", tmp_path / "sea")
+    assert add(capsys, tmp_path, bundle, "--replace", "--set", "memory.lora=none", name="law").code == 0
+    assert not (bundle / "gguf/memories/law.gguf").exists()
+    assert koff_prune(capsys, "verify", bundle).code == 0
+
+
 def test_an_interrupted_addition_goes_on(
     place: Path, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -415,6 +415,54 @@ def test_one_memory_merged_computes_the_same_without_slots(
     one_sentence(told, "exported without --merge")
 
 
+def test_a_lora_alone_that_is_merged_is_shipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path, memory={"kv": "none"}, export={"formats": ["safetensors", "onnx"]})
+    assert koff_prune(capsys, "apply", recipe, "--out", tmp_path / "run").code == 0
+    merging = ("export", recipe, "--out", tmp_path / "run", "--resume", "--merge", "law")
+    assert koff_prune(capsys, *merging).code == 0
+    merged, ids = tmp_path / "run" / "bundle-law", token_ids(20).tolist()
+    answer = koff_prune(capsys, "ship", merged, "--precision", "fp32", "--out", tmp_path / "part")
+    assert answer.code == 0, answer.err
+    assert np.array_equal(Runtime.open(tmp_path / "part").logits(ids), Runtime.open(merged).logits(ids))
+
+
+def test_a_cast_leaves_the_rotation_as_it_was(bundle: Path) -> None:
+    """Frequencies in 8 bits turn the fast pairs by a radian and more at position 1,000."""
+    exact, cast = load_bundle(bundle, "law"), load_bundle(bundle, "law", torch.bfloat16)
+    assert cast.dtype == torch.bfloat16
+    assert torch.equal(cast.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
+
+
+def test_a_bundle_in_torch_moves_with_its_memory(bundle: Path) -> None:
+    moved, ids = load_bundle(bundle, "law").to("meta"), token_ids(1, 9)
+    assert moved(input_ids=ids.to("meta")).logits.device.type == "meta"
+
+
+def test_a_tokenizer_with_several_chat_templates_is_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "tools"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    answer = koff_prune(capsys, "apply", recipe, "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    bundle = tmp_path / "run" / "bundle"
+    assert koff_prune(capsys, "verify", bundle).code == 0
+    assert AutoTokenizer.from_pretrained(bundle).chat_template == tokenizer.chat_template
+
+
+def test_a_graph_that_differs_from_torch_is_not_exported(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(place / "run", tmp_path / "run"))
+    shutil.rmtree(run / "bundle")
+    monkeypatch.setattr("koff_prune.numerics.TOLERANCE", -1.0)  # no difference is small enough
+    told = koff_prune(capsys, "export", place / "recipe.yaml", "--out", run, "--resume")
+    mistake(told, "ONNX differs from torch by", "leave onnx out of export.formats")
+    assert not (run / "bundle").exists()
+
+
 def test_a_domain_that_is_not_there_is_not_merged(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = koff_prune(
         capsys, "export", place / "recipe.yaml", "--out", place / "run", "--resume", "--merge", "art"

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import koff_prune as package
 from koff_export.errors import KoffError
 from koff_export.runtime import Runtime
-from koff_prune import load_bundle
+from koff_prune import load_backbone, load_bundle
 from koff_prune.attach import attach_memory
 from koff_prune.compose import compose, move
 from koff_prune.memory import load_memory, memory_of_folder, save_memory
@@ -182,6 +182,17 @@ def test_two_memories_at_once_in_torch_and_on_a_device(
     assert (told["lora_rank"], told["kv_tokens"]) == (4, 8)
     assert told["composed"] == {"of": ["law", "code"], "weights": [0.7, 0.3]}
     assert koff_prune(capsys, "verify", bundle).code == 0
+
+
+def test_equal_weights_are_equal_among_what_has_a_lora(bundle: Path) -> None:
+    """A part that is a cache alone takes nothing from the others' LoRA."""
+    law, section = load_memory(bundle / "memories/law"), memory_of_folder(bundle / "memories/law")
+    cache = {"kv": load_memory(bundle / "memories/code")["kv"]}
+    tensors, _ = compose(load_backbone(bundle), [(law, section), (cache, section.only("kv"))])
+    a, b = (f"base_model.model.model.layers.0.mlp.down_proj.lora_{half}.weight" for half in "AB")
+    assert section.lora is not None
+    wanted = section.lora.alpha / section.lora.rank * law["lora"][b] @ law["lora"][a]
+    assert (tensors["lora"][b] @ tensors["lora"][a] - wanted).abs().max() < 1e-6 < wanted.abs().max()
 
 
 def test_mistakes_are_one_sentence(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

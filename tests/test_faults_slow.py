@@ -30,14 +30,14 @@ KEPT = ("domains", "statistics.safetensors", "gates.safetensors", "learned", "pl
         "memories", "bundle")  # fmt: skip
 ONNX = {"formats": ["safetensors", "onnx"], "onnx": {"precision": ["fp32"]}}
 
-# A disk of $2 kB at $1, in a namespace of its own: a run that fills it, what is left of that, and the run again
-# with room. $3 is the recipe, $4 where both are copied to.
+# A disk of $2 kB at $1, in a namespace of its own: a run that fills it, what is left of that, and the run
+# again with room. $3 is the recipe, $4 where both are copied to, $5 Python.
 FULL = """
 mount -t tmpfs -o size=$2k tmpfs "$1"
 "$5" -m koff_prune apply "$3" --out "$1/run" --resume --threads 1; echo $? > "$4/code"
 cp -a "$1/run" "$4/partial"
-mount -o remount,size=4g "$1" && "$5" -m koff_prune apply "$3" --out "$1/run" --resume --threads 1 2> "$4/log" \
-  && cp -a "$1/run" "$4/whole"
+mount -o remount,size=4g "$1"
+"$5" -m koff_prune apply "$3" --out "$1/run" --resume --threads 1 2> "$4/log" && cp -a "$1/run" "$4/whole"
 """
 
 # Every process is forked from one that has imported everything: the moments lie in the stages.

@@ -56,7 +56,7 @@ def koff_attention(
     Returns:
         [batch, queries, heads, head_dim] and None.
     """
-    memory = getattr(module, "koff_kv", None)
+    memory: Any = getattr(module, "koff_kv", None)
     if memory is None or memory[0].shape[2] == 0:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     length, queries = memory[0].shape[2], query.shape[2]
@@ -72,6 +72,9 @@ def koff_attention(
         # As in sdpa, a longer key without a mask is the still empty end of a static cache.
         key, value = key[:, :, :queries], value[:, :, :queries]
         attention_mask = _causal_mask(queries, length, query.device)
+    if memory[0].device != key.device:  # the model was moved with the memory on it, which is no module's
+        memory = tuple(t.to(key.device) for t in memory)
+        module.koff_kv = memory
     memory_key, memory_value = (t.to(key.dtype).expand(key.shape[0], -1, -1, -1) for t in memory)
     key = torch.cat([memory_key, key], dim=2)
     value = torch.cat([memory_value, value], dim=2)

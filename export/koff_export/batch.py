@@ -67,6 +67,7 @@ def generate_batch(
     *,
     stop: Sequence[str] = (),
     rows: int = 8,
+    first: int = 0,
     **how: Unpack[How],
 ) -> list[str]:
     """The answers to many prompts, each with a memory of its own.
@@ -78,6 +79,7 @@ def generate_batch(
         max_new_tokens: Upper bound of every answer.
         stop: An answer ends before the first of these.
         rows: Prompts in one call of the graph. More are faster and take more memory.
+        first: Number of the first prompt, where these go on with others: each number draws for itself.
         how: See `koff_export.sampling.How`; every prompt draws for itself.
 
     Raises:
@@ -98,7 +100,7 @@ def generate_batch(
         mine = sorted((i for i, m in enumerate(memories) if m == memory), key=lambda i: len(ids[i]))
         for some in (mine[at : at + rows] for at in range(0, len(mine), rows)):
             limits = [runtime.room(ids[i], memory, max_new_tokens) for i in some]
-            pickers = [sampling.picker(ids[i], runtime.vocab_size, i) for i in some]
+            pickers = [sampling.picker(ids[i], runtime.vocab_size, first + i) for i in some]
             found = _generate_rows(runtime, [ids[i] for i in some], memory, limits, pickers)
             for i, tokens in zip(some, found, strict=True):
                 pieces = stream_text(runtime.tokenizer, ids[i], iter(tokens))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from koff_export.files import read_json, safe_join, sha256_file, write_json
 
 FORMAT = 1
 MANIFEST = "koff.json"
+_LARGEST = 1e300  # of numbers: JSON's may be larger than any float
 MERGED_KV = "onnx/merged.onnx_adapter"  # what a merged bundle's cache in place begins with
 # Kinds of file a bundle may hold. What is not here (pickles, scripts, libraries) could run code when opened.
 _SUFFIXES = (
@@ -166,7 +166,7 @@ class _Reader:
 
     def number(self, key: str, default: float) -> float:
         found = self.value.get(key, default)
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
+        if type(found) not in (int, float) or not abs(found) < _LARGEST:
             raise self.fail(key, "a number")
         return found
 

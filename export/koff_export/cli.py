@@ -6,7 +6,8 @@ import argparse
 import difflib
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from koff_export import __version__
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from koff_export.runtime import Runtime
     from koff_export.sampling import How
     from koff_export.text import ChatTemplate
+
+
+TOGETHER = 64  # prompts of a --batch whose answers are printed when all of them are there
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,8 +108,17 @@ def refuse_two_wheels() -> None:
     )
 
 
-def _score_windows(runtime: Runtime, path: str) -> list[list[int]]:
-    """The token windows of a file to score; its messages name the line."""
+@contextmanager
+def _line(path: str, number: int) -> Iterator[None]:
+    """What is wrong with a line of a file is told with its place."""
+    try:
+        yield
+    except KoffError as error:
+        raise KoffError(f"{path}, line {number}: {error}") from error
+
+
+def _score_windows(runtime: Runtime, path: str, memory: str | None) -> list[list[int]]:
+    """The token windows of a file to score with a memory; its messages name the line."""
     import json
 
     try:
@@ -125,9 +138,12 @@ def _score_windows(runtime: Runtime, path: str) -> list[list[int]]:
             raise KoffError(f"{path}, line {number}: not valid JSON ({error})") from error
         tokens = row.get("tokens") if isinstance(row, dict) else None
         if isinstance(tokens, list) and all(type(t) is int for t in tokens):
+            with _line(path, number):
+                runtime.check_tokens([t if t >= 0 else -1 - t for t in tokens], memory)
             windows.append(tokens)
         elif isinstance(row, dict) and isinstance(row.get("text"), str):
-            windows += runtime.windows(row["text"])
+            with _line(path, number):
+                windows += runtime.windows(row["text"])
         else:
             raise KoffError(f'{path}, line {number}: neither {{"tokens": [numbers]}} nor {{"text": "…"}}')
     return windows
@@ -137,7 +153,9 @@ def _score(runtime: Runtime, args: argparse.Namespace) -> None:
     import json
     import math
 
-    windows = _score_windows(runtime, args.score)
+    if args.memory:
+        runtime.memory(args.memory)
+    windows = _score_windows(runtime, args.score, args.memory)
     nll, tokens = runtime.score(windows, args.memory)
     if not tokens:
         raise KoffError(f"{args.score} has no token to predict: give at least two tokens")
@@ -181,16 +199,23 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
         if memory == AUTO:
             raise KoffError(f"{args.batch}, line {number}: auto picks by one prompt: name a memory")
         rows.append({**row, "memory": None if memory == BARE else memory})
+        with _line(args.batch, number):
+            runtime.check_tokens(
+                runtime.encode(row["prompt"]), rows[-1]["memory"], min(1, args.max_new_tokens)
+            )
     if not rows:
         raise KoffError(f"{args.batch}: holds no prompts")
-    answers = runtime.generate_batch(
-        [row["prompt"] for row in rows], [row["memory"] for row in rows], args.max_new_tokens,
-        stop=args.stop, **_how(args),
-    )  # fmt: skip
-    for row, answer in zip(rows, answers, strict=True):
-        text = json.dumps({**row, "answer": answer}, ensure_ascii=False)
-        # for a program to read: escaped where the output cannot hold it, never replaced
-        print(text if _holds(sys.stdout, text) else json.dumps({**row, "answer": answer}))
+    for at in range(0, len(rows), TOGETHER):
+        some = rows[at : at + TOGETHER]
+        answers = runtime.generate_batch(
+            [row["prompt"] for row in some], [row["memory"] for row in some], args.max_new_tokens,
+            stop=args.stop, first=at, **_how(args),
+        )  # fmt: skip
+        for row, answer in zip(some, answers, strict=True):
+            text = json.dumps({**row, "answer": answer}, ensure_ascii=False)
+            # for a program to read: escaped where the output cannot hold it, never replaced
+            print(text if _holds(sys.stdout, text) else json.dumps({**row, "answer": answer}))
+        sys.stdout.flush()  # what is answered is there, whatever becomes of the rest
 
 
 def _how(args: argparse.Namespace) -> How:

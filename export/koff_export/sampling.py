@@ -153,7 +153,7 @@ def _asked_of(told: Any, vocabulary: int) -> dict[str, Any]:
     penalty, suppress = told.get("repetition_penalty"), told.get("suppress_tokens")
     penalty = 1.0 if penalty is None else penalty
     suppress = [] if suppress is None else suppress
-    if type(penalty) not in (int, float) or not 0 < penalty < np.inf:
+    if type(penalty) not in (int, float) or not 0 < penalty < 1e300:
         raise KoffError(f"generation_config.json: repetition_penalty {penalty!r:.40} is no number above 0")
     if not isinstance(suppress, list) or any(type(t) is not int or not 0 <= t < vocabulary for t in suppress):
         raise KoffError(

@@ -103,7 +103,7 @@ def _told(told: dict[str, Any], profile: str, precision: str, names: Sequence[st
     }
     graph |= {"precisions": {}, key: {name: paths[name] for name in (precision, *same)}}
     domains = {name: {**told["domains"][name], "gguf": None, "peft": None} for name in names}
-    if told.get("merged"):  # says how long the learned KV is that the graph holds
+    if told.get("merged") in told["domains"]:  # says how long the learned KV is that the graph holds
         domains.setdefault(told["merged"], {**told["domains"][told["merged"]], "gguf": None, "peft": None})
     rest = {k: v for k, v in told.items() if k not in ("format", "files", "gguf")}
     return {**rest, "graph": graph, "domains": domains}

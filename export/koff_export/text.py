@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _BROKEN = "\ufffd"  # what a tokenizer shows for the bytes of an incomplete character
+_PADS = ("center", "expandtabs", "indent", "ljust", "rjust", "zfill")
 _BIGGEST = 1000  # operand of a template's power; a product has at most its square
 _CONTEXT = 8  # prompt tokens decoded along with the first new ones, so that a leading space survives
 _FAR = 64  # at most so many, where the nearest begin inside a character
@@ -106,15 +109,55 @@ def _environment() -> Any:
             )
 
     class Bounded(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**"})  # so that they are not computed while compiling either
+        intercepted_binops = frozenset({"*", "**", "%"})  # and so not computed while compiling either
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "%":
+                if isinstance(left, str):
+                    _check_width("%", left, right)
+                return super().call_binop(context, operator, left, right)
             sizes = [abs(x) if isinstance(x, int | float) else len(x) for x in (left, right)]
             if operator == "**" and max(sizes) > _BIGGEST or sizes[0] * sizes[1] > _BIGGEST**2:
                 raise SecurityError(f"{operator} of numbers or texts this large")
             return super().call_binop(context, operator, left, right)
 
-    return Bounded(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+        def call(self, context: Any, obj: Any, /, *args: Any, **options: Any) -> Any:
+            method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
+            text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+            if isinstance(text, str) and name in (*_PADS, "format", "format_map"):
+                _check_width(name, text, *args, *options.values())
+            return super().call(context, obj, *args, **options)
+
+    made = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+    for name in ("center", "format", "indent"):
+        made.filters[name] = _bounded(name, made.filters[name])
+    return made
+
+
+def _check_width(how: str, text: object, *given: object) -> None:
+    """Refuses to pad or format to a great width: one that a format has in it, or that it is given."""
+    from jinja2.sandbox import SecurityError
+
+    form = "" if how in _PADS else str(text)
+    asks = how in _PADS or "*" in form or re.search(r"{[^{}]*{", form) is not None
+    flat = [v for value in given for v in (value if isinstance(value, tuple) else (value,))]
+    if (
+        re.search(r"\d{7}", form)
+        or asks
+        and any(isinstance(v, int | float) and v > _BIGGEST**2 for v in flat)
+    ):
+        raise SecurityError(f"{how} to a width this large")
+
+
+def _bounded(name: str, fill: Any) -> Any:
+    """A filter that makes texts as wide as it is told, refusing great widths."""
+
+    @functools.wraps(fill)  # Jinja's marks of what it wants passed are attributes
+    def checked(*args: Any, **options: Any) -> Any:
+        _check_width(name, args[0], *args[1:], *options.values())
+        return fill(*args, **options)
+
+    return checked
 
 
 class ChatTemplate:

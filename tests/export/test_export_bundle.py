@@ -165,6 +165,14 @@ def test_a_chat_template_cannot_reach_python(copy: Path) -> None:
     "{{ " + "9" * 5000 + " }}",
     '{% set x = "a" * 1500000000 %}',
     "{{ 9 ** 9 ** 9 }}",
+    '{{ "%9999999999d" % 1 }}',
+    '{{ "%*d" % (9999999999, 1) }}',
+    '{{ "{:9999999999}".format("") }}',
+    '{{ "{:{}}".format("", 9999999999) }}',
+    '{{ "%9999999999d"|format(1) }}',
+    '{{ ""|center(9999999999) }}',
+    '{{ "a"|indent(width=9999999999, first=true) }}',
+    '{{ messages[0].content.ljust(9999999999) }}',
 ])  # fmt: skip
 def test_a_chat_template_that_breaks_the_compiler_is_one_sentence(source: str) -> None:
     with pytest.raises(KoffError, match="chat template"):
@@ -175,6 +183,8 @@ def test_a_chat_template_that_breaks_the_compiler_is_one_sentence(source: str) -
     "{% if documents is not none %}DOCS{% endif %}{{ messages[0].content }}",
     "{% if tools is not none %}{{ tools|tojson }}{% endif %}{{ messages[0].content }}",
     "{{ messages[0]|tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}",
+    "{{ '%s has %05.1f%%' % ('x', 3) }}{{ '{:>9}|{}'.format('x', 20260101) }}{{ 'a'.ljust(7) }}|{{ 7 % 4 }}",
+    "{{ '%s'|format(20260101) }}{{ 'a'|center(9) }}{{ 'a\nb'|indent(2) }}{{ messages[0].content|indent }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
 ])  # fmt: skip
 def test_a_chat_template_is_read_as_transformers_reads_it(source: str) -> None:
@@ -333,6 +343,12 @@ def test_koff_run_answers_a_file(exported: Exported, tmp_path: Path) -> None:
     runtime = Runtime.open(folder)
     wanted = [("hi", "law"), ("there you are", "music"), ("hi", None)]
     assert [(r["prompt"], r["memory"]) for r in told] == wanted and told[0]["id"] == 7
+    many = rows[:2] * 40
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    drawn = koff_run(folder, "--batch", str(tmp_path / "b.jsonl"), *few, "--temperature", "2", "--seed", "5")
+    prompts, memories = [row["prompt"] for row in many], [row.get("memory") for row in many]
+    expected = runtime.generate_batch(prompts, memories, 6, temperature=2.0, seed=5)
+    assert [json.loads(line)["answer"] for line in drawn.stdout.splitlines()] == expected
     assert [r["answer"] for r in told] == ["".join(runtime.generate(p, m, 6)) for p, m in wanted]
 
 
@@ -353,6 +369,9 @@ def test_koff_run_scores(exported: Exported, tmp_path: Path) -> None:
 
 def test_koff_run_tells_mistakes_in_one_line(exported: Exported, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"tokens": [1, 2]}\n{"token": [1]}\n')
+    (tmp_path / "wide.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "' + "x y " * 200 + '"}\n')
+    (tmp_path / "long.jsonl").write_text('{"tokens": [5, 6]}\n' + json.dumps({"tokens": [5] * 999}) + "\n")
+    (tmp_path / "none.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "memory": "latin"}\n')
     (tmp_path / "near.jsonl").write_text('{"prompt": "a", "memroy": "law"}\n')
     folder = str(exported.folder)
     for args, message in (
@@ -365,6 +384,9 @@ def test_koff_run_tells_mistakes_in_one_line(exported: Exported, tmp_path: Path)
         ((folder, "--prompt", "x", "--threads", "100000"), "1 to 1024"),
         ((folder, "--batch", str(tmp_path / "near.jsonl")), "unknown field 'memroy'; did you mean 'memory'?"),
         ((folder, "--batch", os.devnull), "holds no prompts"),
+        ((folder, "--batch", str(tmp_path / "wide.jsonl")), "wide.jsonl, line 3: "),
+        ((folder, "--batch", str(tmp_path / "none.jsonl")), "none.jsonl, line 2: "),
+        ((folder, "--score", str(tmp_path / "long.jsonl")), "long.jsonl, line 2: 999 tokens"),
         ((folder, "--prompt", "x", "--stop", ""), "--stop: every answer ends before an empty text"),
         ((folder, "--batch", str(tmp_path / "bad.jsonl")), "line 1"),
         ((folder, "--prompt", "x", "--batch", str(tmp_path / "bad.jsonl")), "leave out the others"),

@@ -90,6 +90,8 @@ def test_a_batch_answers_as_one_by_one(runtime: Runtime) -> None:
     assert runtime.generate_batch(prompts, memories, 9, rows=1) == alone
     drawn = runtime.generate_batch(prompts, memories, 9, temperature=2.0, seed=3)
     assert drawn == runtime.generate_batch(prompts, memories, 9, temperature=2.0, seed=3, rows=2) != alone
+    rest = runtime.generate_batch(prompts[2:], memories[2:], 9, first=2, temperature=2.0, seed=3)
+    assert drawn[2:] == rest, "a prompt draws by its number, however the file was cut"
     with pytest.raises(KoffError, match="one memory"):
         runtime.generate_batch(prompts, ["law"])
     with pytest.raises(KoffError, match="no memory 'art'"):
@@ -139,6 +141,7 @@ def test_penalties_of_the_bundle_are_those_of_transformers(copy: Path, exported:
     [
         ({"repetition_penalty": "1.1"}, "repetition_penalty '1.1' is no number above 0"),
         ({"repetition_penalty": 0}, "repetition_penalty 0 is no number above 0"),
+        ({"repetition_penalty": 10**400}, "is no number above 0"),
         ({"suppress_tokens": [5, 300]}, "token numbers below 300"),
         ({"suppress_tokens": {"a": 1}}, "token numbers below 300"),
     ],
