@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -60,7 +61,8 @@ class Dense:
         revision: Commit of a hub model; None for local ones.
         config_sha256: Digest of what the network is, see `config_sha256`.
         bos: Token id that every window must start with, or None.
-        fingerprint: Of local weights: a GGUF file's sha256, else one of names, sizes and samples; or None.
+        fingerprint: Of the weights: a hub model's commit, a GGUF file's sha256, else one of names, sizes
+            and samples.
     """
 
     config: PretrainedConfig
@@ -90,15 +92,20 @@ class Dense:
         return model
 
 
-def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
+def open_dense(section: ModelSection, *, cache: Path | None = None, known: str | None = None) -> Dense:
     """Opens the model that a recipe names, fetching it first when it is not here.
+
+    Args:
+        section: The recipe's.
+        cache: Where downloads are kept; None: the user's.
+        known: Commit to take of a hub model whose recipe names no revision; None: the newest.
 
     Raises:
         KoffError: The source is missing, truncated, incomplete, pickled, quantised, or of an unknown type.
     """
     place, name = _find(section, cache), _name(section)
     options: dict[str, Any] = {"local_files_only": True}
-    mark = None
+    revision: str | None = None
     if isinstance(place, Path):
         folder = place
         if gguf := _gguf_in(place):
@@ -109,7 +116,9 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
         beside = place.is_dir() and _has_tokenizer(place)
         source, tokens = str(folder), str(place if beside else folder)
     else:
-        options = {"revision": section.revision}
+        # one commit for all of its files: a branch may move in between
+        revision = mark = _commit(place, section.revision or known)
+        options = {"revision": revision}
         source = tokens = place
     config = load(AutoConfig, source, name, **options)
     check_architecture(config)
@@ -135,7 +144,8 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
             model.generation_config = _generation(source, **options)
         return model.eval().requires_grad_(False)
 
-    weights = Weights.find(source, section.revision)
+    with told(name, "weights"):
+        weights = Weights.find(source, revision)
     if weights is not None:
         weights.check_head(config, name)
     if isinstance(place, Path) and not _has_tokenizer(Path(tokens)):
@@ -148,7 +158,7 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
         weights=weights if weights is not None and weights.fit(skeleton()) else None,
         tokenizer=tokenizer,
         source=name,
-        revision=getattr(config, "_commit_hash", None) if isinstance(place, str) else None,
+        revision=revision,
         config_sha256=config_sha256(config),
         bos=first_token(tokenizer, config.model_type),
         fingerprint=mark,
@@ -156,6 +166,12 @@ def open_dense(section: ModelSection, *, cache: Path | None = None) -> Dense:
     if dense.weights is None:
         _ = dense.model  # what is wrong with it is told now
     return dense
+
+
+def _commit(repository: str, revision: str | None) -> str:
+    """The commit that a revision of a hub model stands for, by its folder in the hub's cache."""
+    with told(repository, "configuration"):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"])).name
 
 
 def _fingerprint(folder: Path) -> str:

@@ -184,16 +184,17 @@ class Run:
         from koff_prune.models import open_dense
 
         say(f"model: {_short(self.recipe.model.source)}")
-        dense = open_dense(self.recipe.model)
         stamp = self.folder / "run.json"
         told = read_json(stamp)
-        if told.get("weights", dense.fingerprint) != dense.fingerprint:
+        known = told.get("weights")  # None in a run of an earlier version on a hub model
+        dense = open_dense(self.recipe.model, known=known)
+        if known not in (None, dense.fingerprint):
             place = _short(self.recipe.model.source)
             raise KoffError(
                 f"model.source: the weights at {place} have changed since the run in {self.folder} began;"
                 " choose another --out"
             )
-        if "weights" not in told and not ranks.rank():
+        if known is None and not ranks.rank():
             write_json(stamp, {**told, "weights": dense.fingerprint})
         return dense
 

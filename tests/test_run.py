@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_helpers import hub_snapshot
 from model_helpers import tiny_config
 from run_helpers import koff_prune, memory_bytes, recipe_of
 from safetensors.torch import load_file, save_file
@@ -412,6 +413,32 @@ def test_other_weights_do_not_go_on_with_a_run(tmp_path: Path, capsys: pytest.Ca
     save_file({k: v + 0.01 for k, v in load_file(file).items()}, file, {"format": "pt"})
     answer = koff_prune(capsys, "cut", recipe, "--out", out, "--resume")
     assert answer.code == 2 and "the weights at" in answer.err and "have changed" in answer.err, answer.err
+
+
+def test_a_run_stays_at_the_commit_that_it_began_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub model that is pushed to in between: the run goes on as it was, another one begins anew."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    recipe, out = recipe_of(tmp_path, model={"source": "someone/slim"}), tmp_path / "run"
+    old = hub_snapshot(tmp_path / "model", tmp_path / "hub")
+    shutil.rmtree(tmp_path / "model")
+    assert koff_prune(capsys, "learn", recipe, "--out", out).code == 0
+    new = Path(shutil.copytree(old, old.with_name("89abcdef" * 5)))
+    weights = {k: v + 0.01 for k, v in load_file(new / "model.safetensors").items()}
+    (new / "model.safetensors").unlink()
+    save_file(weights, new / "model.safetensors", {"format": "pt"})
+    (tmp_path / "hub/models--someone--slim/refs/main").write_text(new.name)
+    for command, place, commit in (
+        ("cut", out, old.name),
+        ("plan", tmp_path / "other", new.name),
+    ):
+        answer = koff_prune(capsys, command, recipe, "--out", place, "--resume")
+        assert answer.code == 0, answer.err
+        assert read_json(place / "plan.json")["model"]["revision"] == commit
+    sums = [sha256_file(run / "statistics.safetensors") for run in (out, tmp_path / "other")]
+    assert sums[0] != sums[1]
 
 
 def test_another_recipe_is_told_by_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
