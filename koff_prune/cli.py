@@ -47,8 +47,8 @@ def _options(
 
 DEVICE_HELP = "Where models compute: cpu, cuda, cuda:1, ... [default: a CUDA GPU, if there is one]."
 OUT_OF_MEMORY = (
-    "out of memory; lower learn.window or learn.batch, or set learn.gradient_checkpointing: true;"
-    " before and after learning, lower scoring.window or evaluate.window"
+    "out of memory; set learn.gradient_checkpointing: true and go on with --resume, or in a new --out lower"
+    " learn.window or learn.batch; before and after learning, scoring.window or evaluate.window"
 )
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]

@@ -76,7 +76,8 @@ def _on_devices(recipe: Recipe, need: Needs, devices: int, tflops: float) -> lis
         "",
         f"{need.flops / 1e9:.1f} GFLOP a token = {need.work}",
         f"{devices} x {tflops:g} TFLOP/s / that = {rate:,.0f} tokens/s;"
-        f" {tokens:,} tokens in {tokens / rate / 60:,.0f} minutes",
+        f" {tokens:,} tokens in {tokens / rate / 60:,.0f} minutes, scoring and the solves of the"
+        " compensation apart",
         "An estimate: accelerators are unproven (README, Limits); --tflops is what one sustains.",
     ]
     if learn.batch % devices:

@@ -260,7 +260,8 @@ def _take_evenly(kept: Kept, scores: Scores, units: Units, structure: Structure,
             gone["ffn_neurons"] = _ascending(scores["ffn_neurons"][i])[:count].tolist()
             owed -= count * layer.ffn_cost
         for kind, units_gone in gone.items():
-            stay[kind] = [j for j in stay[kind] if j not in set(units_gone)]
+            out = set(units_gone)
+            stay[kind] = [j for j in stay[kind] if j not in out]
 
 
 def _drop_kv_groups(

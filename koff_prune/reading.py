@@ -55,11 +55,18 @@ def load_recipe(
     return resolved
 
 
+def _no_word(key: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which keys are always text, 1e5 is a number and 2024-01-01 is not a date."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         self.flatten_mapping(node)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _no_word(key)
         # As text, `no:` is the language code and not false, and `1:` is a name.
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
@@ -108,7 +115,7 @@ def _refuse_duplicates(node: yaml.Node, seen: set[int]) -> None:
         first: dict[str, int] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key.start_mark)
+                raise _no_word(key)
             if key.value in first:
                 problem = (
                     f"`{key.value}` is named twice, first in line {first[key.value]}; keep one or rename it"
@@ -197,7 +204,10 @@ def _override(data: dict[str, Any], item: str) -> Loc:
     try:
         value = _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise KoffError(f"--set {item}: the value is not valid YAML") from error
+        raise KoffError(
+            f"--set {item}: the value is not valid YAML; a text with braces or colons wants quotes:"
+            f" --set '{name}=\"…\"'"
+        ) from error
     place: Any = data
     loc: list[int | str] = []
     while True:

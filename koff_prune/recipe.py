@@ -103,7 +103,8 @@ class TextSource(Section):
     )
     key: str | None = Field(
         default=None,
-        description="Template of the document's key; default: its content. Rows of one key are one document.",
+        description="Template of the document's key; default: a text file's name, a query's first column,"
+        " else the content. Rows of one key are one document.",
     )
     remove: str | None = Field(
         default=None, description="Regular expression whose matches are deleted from the text."
@@ -196,7 +197,7 @@ class Structure(Section):
     of: Literal["total", "blocks"] = Field(default="total", description="total counts embeddings too.")
     widths: Literal["per_layer", "uniform"] = Field(
         default="per_layer",
-        description="uniform opens in stock transformers and in llama.cpp whatever the family.",
+        description="uniform opens in stock transformers, and Qwen in llama.cpp (Llama does with either).",
     )
     round_to: Int = Field(default=8, ge=1, le=1024, description="FFN widths are multiples of this.")
 
@@ -347,13 +348,18 @@ class Recipe(Section):
         return sum(domain.weight for domain in self.domains.values())
 
     def digest(self) -> str:
-        """sha256 over what decides the result; not over `compare`, `export` and `model.config`."""
+        """sha256 over what decides the result.
+
+        Not over `compare`, `export` and `model.config`, nor over what trades time for memory or disk alone.
+        """
         left_out: Any = {"compare": True, "export": True, "model": {"config"}}
         # what is none counts as not there, and so do keys of later versions that ask for nothing new:
         # an optional key changes no digest
         data = self.model_dump(mode="json", exclude=left_out, exclude_none=True)
         if data["learn"]["base"] == "full":
             del data["learn"]["base"]
+        for key in ("gradient_checkpointing", "checkpoint_steps"):
+            data["learn"][key] = Learn.model_fields[key].default
         for domain in data["domains"].values():
             if domain["weight"] == 1:
                 del domain["weight"]

@@ -95,7 +95,7 @@ class Learn(Section):
     tokens: Int = Field(default=60_000, ge=0, description="Joint phase: gates and memories together.")
     settle_tokens: Int = Field(default=20_000, ge=0, description="After the cut: memories alone.")
     window: Int = Field(default=512, ge=16, description="Tokens of a training window.")
-    batch: Int = Field(default=1, ge=1, description="Windows per domain in one optimizer step.")
+    batch: Int = Field(default=1, ge=1, description="Windows per domain (and weight) in an optimizer step.")
     loss: Loss = Loss()
     rates: Rates = Rates()
     warmup: Float = Field(default=0.05, ge=0, le=0.5, description="Share of steps with rising learning rate.")

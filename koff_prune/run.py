@@ -34,6 +34,7 @@ from koff_prune.architecture import native_dtype
 from koff_prune.chat import tokens
 from koff_prune.places import differences, is_moved, local_paths
 from koff_prune.progress import bar, say
+from koff_prune.reading import read_yaml
 from koff_prune.recipe import Recipe
 from koff_prune.tensor_file import save_tensors
 
@@ -122,8 +123,10 @@ class Run:
                 raise KoffError(
                     f"{self.folder}: holds a run of this recipe; continue it with --resume, or choose --out"
                 )
-            elif moved:
-                self._settle_here(stamp, seen)
+            else:
+                self._keep_order()
+                if moved:
+                    self._settle_here(stamp, seen)
             recover_below(self.folder)  # here alone: in a folder that is no run, nothing is ours to remove
         elif (self.folder / "sweep-of.json").exists():
             raise KoffError(
@@ -152,6 +155,16 @@ class Run:
     def _write_recipe(self) -> None:
         resolved = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
         write_text(self.folder / "recipe.yaml", resolved)
+
+    def _keep_order(self) -> None:
+        """Takes the domains in the order that the run began with: windows are drawn by it."""
+        order: list[str] = []
+        with suppress(KoffError):  # of a run that was killed before it was written
+            told = read_yaml(self.folder / "recipe.yaml")[0]
+            order = list(told["domains"]) if isinstance(told, dict) else []
+        if set(order) == set(self.recipe.domains):
+            domains = {name: self.recipe.domains[name] for name in order}
+            self.recipe = self.recipe.model_copy(update={"domains": domains})
 
     def _settle_here(self, stamp: Path, seen: dict[str, Any]) -> None:
         """Makes the run the moved recipe's; whether the weights are the same is seen when they are read."""

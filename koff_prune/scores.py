@@ -290,7 +290,7 @@ class UnitImportance(tp.importance.Importance):
         assert self.statistics is not None, f"{self.method} needs statistics"
         if self.method == "wanda":
             norms = self.statistics.second[(i, kind)].diagonal().sqrt()
-            weight = consumer(layer, kind).weight.detach().float().abs().sum(0)
+            weight = consumer(layer, kind).weight.detach().float().abs().sum(0).cpu()
             return (weight * norms).view(have.count(kind), -1).sum(1)
         value = getattr(self.statistics, self.method)[(i, kind)]
         return value.abs()

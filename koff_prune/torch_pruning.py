@@ -214,7 +214,7 @@ class GroupedQueryPruner:
                         f"importance: {type(self.importance).__name__} gives layer {i} no {have.count(kind)}"
                         f" scores of {kind}; one that reads gradients needs a backward pass first"
                     )
-                scores[kind].append(self._comparable(value, have.cost(kind)))
+                scores[kind].append(self._comparable(value.detach().float().cpu(), have.cost(kind)))
         return scores
 
     def _score(self, layer: Any, kind: UnitKind, count: int) -> Any:

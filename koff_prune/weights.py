@@ -283,7 +283,7 @@ def _write_file(
 
 def _write(file: BinaryIO, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     for part in tensor.reshape(-1).split(_PART):
-        file.write(part.to(dtype).view(torch.uint8).numpy().data)
+        file.write(part.to("cpu", dtype).view(torch.uint8).numpy().data)
 
 
 def copy_weights(

@@ -199,6 +199,7 @@ def test_overrides(write) -> None:
     assert recipe.domains["d.e"].split.heldout == 0.5
     for override, told in {
         "learn.tokns=1": "--set learn.tokns=1: unknown key `learn.tokns`; did you mean `learn.tokens`?",
+        "domains.a.source.text={x}: {y}": "--set domains.a.source.text={x}: {y}: the value is not valid YAML",
         "learn.tokens=x": "--set learn.tokens=x: `learn.tokens` is 'x': must be a whole number",
         "seed": "write it as key.key=value",
         "=5": "write it as key.key=value",

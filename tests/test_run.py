@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hub_helpers import hub_snapshot
 from model_helpers import tiny_config
 from run_helpers import koff_prune, memory_bytes, recipe_of
@@ -446,6 +447,33 @@ def test_another_recipe_is_told_by_what_differs(tmp_path: Path, capsys: pytest.C
     assert koff_prune(capsys, "learn", recipe, "--out", out).code == 0
     other = koff_prune(capsys, "cut", recipe, "--out", out, "--resume", "--set", "learn.warmup=0.2")
     assert other.code == 2 and "learn.warmup is 0.2 here and" in other.err, other.err
+
+
+def test_domains_in_another_order_are_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows are drawn by a domain's place: a run keeps the order that it began with."""
+    recipe = recipe_of(tmp_path)
+    assert koff_prune(capsys, "cut", recipe, "--out", tmp_path / "whole").code == 0
+    assert koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run").code == 0
+    told = yaml.safe_load(recipe.read_text())
+    told["domains"] = dict(reversed(told["domains"].items()))
+    recipe.write_text(yaml.safe_dump(told, sort_keys=False))
+    assert koff_prune(capsys, "cut", recipe, "--out", tmp_path / "run", "--resume").code == 0
+    for name in ("law", "code"):
+        one, other = (memory_bytes(tmp_path / run / "memories", name) for run in ("whole", "run"))
+        assert one == other
+
+
+def test_what_trades_time_for_memory_goes_on_with_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the sentence about too little memory says."""
+    recipe, out = recipe_of(tmp_path), tmp_path / "run"
+    assert koff_prune(capsys, "learn", recipe, "--out", out).code == 0
+    more = ("--set", "learn.gradient_checkpointing=true", "--set", "learn.checkpoint_steps=1")
+    answer = koff_prune(capsys, "cut", recipe, "--out", out, "--resume", *more)
+    assert answer.code == 0, answer.err
 
 
 def test_a_project_that_was_moved_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
