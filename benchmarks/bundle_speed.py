@@ -126,6 +126,7 @@ def dense_graphs(run: Path) -> Path:
     from koff_export.fused import export_fused
     from koff_export.onnx import export_onnx
     from koff_export.quantize import BITS, INT4_KEEPS, quantize
+    from koff_prune.rounding import round_matrices
     from koff_prune.run import finished_run
 
     slim = open_manifest(run / "bundle")
@@ -139,6 +140,7 @@ def dense_graphs(run: Path) -> Path:
     modules = [i.removesuffix(".lora_A.weight") for i in graph.inputs if i.endswith(".lora_A.weight")]
     portable = folder / graph.precisions["fp32"]
     with finished_run(run) as found:
+        read = {name: blocks.scoring for name, blocks in found.domains.items()}
         model = found.dense.model.float()
         info = export_onnx(model, folder, lora_modules=modules)
         if graph.fused:
@@ -146,11 +148,13 @@ def dense_graphs(run: Path) -> Path:
         if graph.in_place:
             export_fused(model, folder / graph.in_place["fp32"], folder / graph.fused["fp32"], in_place=True)
     asked = slim.numerics.get("asked", {}).get("export", {}).get("onnx", {})
-    keeps = asked.get("int4_keeps", INT4_KEEPS)
+    keeps, rounded = asked.get("int4_keeps", INT4_KEEPS), None
+    if "int4" in graph.precisions and asked.get("int4_rounding", "gptq") == "gptq":  # as the slim one is
+        rounded = round_matrices(dense_backbone(run), read, keeps)
     for name in graph.precisions.keys() & BITS.keys():
         beside = None
         for table in graph.profiles.values():
-            quantize(folder / table["fp32"], folder / table[name], BITS[name], beside, keeps)
+            quantize(folder / table["fp32"], folder / table[name], BITS[name], beside, keeps, rounded)
             beside = folder / table[name]
     paths = {"precisions": graph.precisions, "fused": graph.fused, "in_place": graph.in_place}
     told = {**vars(info), **{key: table for key, table in paths.items() if table}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -160,13 +160,19 @@ def learning_curve(log: Sequence[Mapping[str, Any]]) -> str | None:
         return _svg(figure, "Learning curve")
 
 
-def frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+def frontier(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    mine: Collection[str | None] = ("koff",),
+    removed: str = "removed of all",
+) -> str:
     """Perplexity beside the dense model's, against parameters and against the removed share.
 
     Args:
         curves: Per row label, (parameters, removed share, perplexity / dense) by ascending parameters. Rows
             of koff stand out; what is beyond `_WIDEST` times the dense model stands at the upper edge, as a
             triangle, or where koff is not, is named and left out.
+        mine: Labels of koff's own rows.
+        removed: What the removed share is of.
     """
     with _style("frontier"):
         figure = _figure(9, 5.2)
@@ -174,7 +180,7 @@ def frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
         colours = iter(_CYCLE[1:] * (len(curves) + 1))
         off: list[str] = []
         for label, places in curves.items():
-            ours = label == "koff"
+            ours = label in mine
             beyond = [p for p in places if p[2] > _WIDEST]
             shown = [p for p in places if p[2] <= _WIDEST]
             if beyond and not ours:
@@ -201,7 +207,7 @@ def frontier(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
             axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
             axes.grid(axis="y")
         size.set_xlabel("million parameters, with one memory")
-        share.set_xlabel("removed, % of parameters")
+        share.set_xlabel(f"{removed} parameters, %")
         size.set_ylabel("perplexity / dense")
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
         if off:

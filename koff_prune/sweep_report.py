@@ -4,9 +4,9 @@ Values are nats of mean log-perplexity over domains. Intervals are 95%. Those of
 Student's, over seeds: the variance of a mean over seeds is that between the seeds, over their number, and
 what drawing other held-out documents would change in the mean (a bootstrap, of the same documents in every
 seed). A bootstrap of so few seeds would be little more than their range. With one seed they are the
-bootstrap's own, over documents alone. koff is held against every other row of its budget by a one-sided
-t-test paired by seed; p-values are corrected by Holm's step-down method (Holm 1979) over all rows of all
-points.
+bootstrap's own, over documents alone. koff is held against every other row of its budget by t-tests paired
+by seed: a word, better or worse, is of the two-sided one; p_better and p_worse are the one-sided. Each is
+corrected by Holm's step-down method (Holm 1979) over all rows of all points.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def summarise(
         tests += point_tests
         result.append({
             "sparsity": sparsity, "tokens": tokens, "seeds": [rows[0]["seed"] for rows in runs],
-            "rows": table, "closed": _closed(runs, tables), "offloaded": _offloaded(runs),
+            "trained": max(_trained(row) for rows in runs for row in rows),
+            "ours": _ours(runs, tables), "rows": table,
+            "closed": _closed(runs, tables), "offloaded": _offloaded(runs),
         })  # fmt: skip
     holm(tests)
     summary = {"format": 1, "points": result, "tests": tests}
@@ -89,9 +91,13 @@ def _warned(warnings: Sequence[tuple[Point, str]], places: int) -> list[str]:
 def write_sweep(folder: Path, summary: dict[str, Any]) -> None:
     """Writes sweep.md, sweep.html and sweep.json; each is whole or absent."""
     write_text(folder / "sweep.md", markdown(summary))
-    tables = [(_title(p), _head(p), _cells(p)) for p in summary["points"]]
-    page = render("sweep.html.jinja", sentences=summary["sentences"], tables=tables,
-                  figure=frontier(_curves(summary)))  # fmt: skip
+    points = summary["points"]
+    tables = [(_title(p), _head(p), _cells(p), p["ours"]) for p in points]
+    told = f"{_longest(summary):,} tokens" if len({p["trained"] for p in points}) > 1 else None
+    figure = frontier(_curves(summary), {p["ours"] for p in points}, _removed(points[0]))
+    page = render(
+        "sweep.html.jinja", sentences=summary["sentences"], tables=tables, figure=figure, budget=told
+    )
     write_text(folder / "sweep.html", page)
     write_json(folder / "sweep.json", finite(summary))
 
@@ -131,9 +137,21 @@ def _over_seeds(label: str, tables: Sequence[dict[str, Row]]) -> dict[str, Any]:
     return {
         "label": label, "method": first["method"], "memory": first["memory"], "seeds": len(there),
         "perplexity": math.exp(nats.mean()), "beside_dense": math.exp(beside.mean()), "std_nats": spread,
-        "realised": first["sparsity"]["realised"], "backbone": first["parameters"]["backbone"],
+        "realised": first["sparsity"]["realised"], "of": first["sparsity"]["of"],
+        "backbone": first["parameters"]["backbone"],
         "memory_parameters": memory, "memories": len(first["perplexity"]) - 1,
     }  # fmt: skip
+
+
+def _ours(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]]) -> str | None:
+    """What koff's own row is called: it depends on the parts of its memories."""
+    koff = cast(runs[0]).koff
+    return next((label for label, row in tables[0].items() if row is koff), None)
+
+
+def _trained(row: Row) -> int:
+    """Tokens that a row's gates and memories were trained on."""
+    return sum(count for phase, count in row["tokens"].items() if phase != "score")
 
 
 def _dense(table: dict[str, Row]) -> Row:
@@ -207,7 +225,8 @@ def _closed(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]]) -> dict
     gains, gaps = nats[:, 0] - nats[:, 1], nats[:, 0] - nats[:, 2]
     gain, gap = float(gains.mean()), float(gaps.mean())
     figures = {"value": None, "low": None, "high": None, "rival": best,
-               "rival_minus_koff": gain, "rival_minus_ceiling": gap}  # fmt: skip
+               "finite": bool(np.isfinite(nats).all()), "rival_minus_koff": gain,
+               "rival_minus_ceiling": gap}  # fmt: skip
     draws = _draws(three)
     mean = None if draws is None else draws.mean(0)
     # a share of what may well be nothing is no figure
@@ -228,7 +247,7 @@ def _offloaded(runs: Sequence[list[Row]]) -> dict[str, Any] | None:
     sign = np.array([1, -1, -1, 1])
     by_seed = np.array([[mean_nats(r) for r in rows] for rows in there]) @ sign
     if not np.isfinite(by_seed).all():
-        return None
+        return {"value": None, "low": None, "high": None, "finite": False}
     draws = _draws(there)
     value = _interval(float(by_seed.mean()), by_seed, None if draws is None else sign @ draws.mean(0))
     return asdict(value)
@@ -251,7 +270,7 @@ def _tests(
             lead = float(np.mean(leads))
         test: dict[str, Any] = {**where, "against": label, "seeds": len(leads), "lead": lead, "leads": leads}
         if len(leads) > 1 and np.isfinite(leads).all():
-            for side, name in (("greater", "p_better"), ("less", "p_worse")):
+            for side, name in (("two-sided", "p"), ("greater", "p_better"), ("less", "p_worse")):
                 # the same arm by another name leads by nothing in every seed: no test, and no difference
                 test[name] = float(ttest_1samp(leads, 0.0, alternative=side).pvalue) if any(leads) else 1.0
         result.append(test)
@@ -260,19 +279,17 @@ def _tests(
 
 def holm(tests: list[dict[str, Any]]) -> None:
     """Adds corrected p-values, and the word for each: better, worse or not shown."""
-    for name in ("p_better", "p_worse"):
+    for name in ("p", "p_better", "p_worse"):
         ranked = sorted((t for t in tests if name in t), key=lambda t: t[name])
         least = 0.0
         for place, test in enumerate(ranked):
             least = max(least, min(1.0, (len(ranked) - place) * test[name]))
             test[f"{name}_holm"] = least
     for test in tests:
-        if "p_better" not in test:
+        if "p" not in test:
             test["koff_is"] = "not tested" if math.isfinite(test["lead"]) else "not to be compared"
-        elif test["p_better_holm"] < SIGNIFICANT:
-            test["koff_is"] = "better"
-        elif test["p_worse_holm"] < SIGNIFICANT:
-            test["koff_is"] = "worse"
+        elif test["p_holm"] < SIGNIFICANT:
+            test["koff_is"] = "better" if test["lead"] > 0 else "worse"
         else:
             test["koff_is"] = "not shown to differ"
 
@@ -285,6 +302,9 @@ def _sentences(summary: dict[str, Any]) -> list[str]:
             value = point[figure]
             if value is None:
                 result.append(f"{name}: {figure} is not measured.")
+                continue
+            if not value.get("finite", True):
+                result.append(f"{name}: {figure} is not defined: one of its losses is not finite.")
                 continue
             if value["value"] is None:
                 lost = f"{value['rival']} loses {value['rival_minus_ceiling']:.4f} nats against the ceiling"
@@ -306,7 +326,7 @@ def _sentences(summary: dict[str, Any]) -> list[str]:
         for word, link in (("worse", "than"), ("not shown to differ", "from"), ("better", "than")):
             those = [f"{t['against']} (lead {t['lead']:.4f} nats)" for t in mine if t["koff_is"] == word]
             if those:
-                end = f" (p < {SIGNIFICANT})" if word == "better" else ""
+                end = "" if word == "not shown to differ" else f" (two-sided p < {SIGNIFICANT})"
                 result.append(f"{name}: koff is {word} {link} {', '.join(those)}{end}.")
         for t in mine:
             if t["koff_is"] == "not to be compared":
@@ -328,7 +348,21 @@ def _title(point: dict[str, Any]) -> str:
 
 
 def _head(point: dict[str, Any]) -> list[str]:
-    return ["row", "perplexity", "/ dense", "std (nats)", "seeds", "removed", "with one memory", "with all"]
+    return [
+        "row",
+        "perplexity",
+        "/ dense",
+        "std (nats)",
+        "seeds",
+        _removed(point),
+        "with one memory",
+        "with all",
+    ]
+
+
+def _removed(point: dict[str, Any]) -> str:
+    """What the share that is removed is a share of."""
+    return "removed of blocks" if point["rows"][0].get("of") == "blocks" else "removed of all"
 
 
 def _cells(point: dict[str, Any]) -> list[list[str]]:
@@ -346,12 +380,16 @@ def _sizes(row: dict[str, Any]) -> tuple[int, int]:
     return backbone + memory, backbone + row["memories"] * memory
 
 
+def _longest(summary: dict[str, Any]) -> int:
+    """Tokens of the longest budget: shorter ones are in the tables, and not in the figure."""
+    return max(int(p["trained"]) for p in summary["points"])
+
+
 def _curves(summary: dict[str, Any]) -> dict[str, list[tuple[float, float, float]]]:
     """Per label: parameters with one memory, removed share, perplexity beside dense; the longest budget."""
-    budget = max(p["tokens"] or 0 for p in summary["points"])
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for point in summary["points"]:
-        if (point["tokens"] or 0) == budget:
+        if point["trained"] == _longest(summary):
             for row in point["rows"]:
                 place = (_sizes(row)[0], row["realised"], row["beside_dense"])
                 curves.setdefault(row["label"], []).append(place)

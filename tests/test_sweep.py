@@ -18,7 +18,7 @@ from text_helpers import save_tiny_model
 from koff_export.errors import KoffError
 from koff_export.files import read_json
 from koff_prune.sweep import Point, points, share
-from koff_prune.sweep_report import markdown, summarise
+from koff_prune.sweep_report import markdown, summarise, write_sweep
 from koff_prune.tensor_file import load_tensors, save_tensors
 
 
@@ -148,7 +148,9 @@ def test_a_row_that_diverged_spoils_no_other_test() -> None:
     for _, rows in found:  # koff itself: nothing is said of it
         rows[1]["perplexity"] = dict.fromkeys(("a", "b", "gmean"), math.inf)
     (point,) = (lost := summarise(found))["points"]
-    assert point["closed"]["value"] is None and point["offloaded"] is None
+    assert point["closed"]["value"] is None and point["offloaded"]["value"] is None
+    undefined = [s for s in lost["sentences"] if "not defined: one of its losses is not finite" in s]
+    assert [s.split(": ")[1].split()[0] for s in undefined] == ["closed", "offloaded"]
     assert not any("better" in s for s in lost["sentences"])
 
 
@@ -158,10 +160,43 @@ def test_tests_are_paired_by_seed_and_corrected() -> None:
     by_name = {t["against"].split(",")[0]: t for t in tests}
     assert set(by_name) == {"fisher", "wanda"}
     assert by_name["fisher"]["p_better"] == pytest.approx(0.00654, abs=2e-5)
+    assert by_name["fisher"]["p"] == pytest.approx(2 * 0.00654, abs=4e-5), "the word is by both sides"
     smaller, larger = sorted(by_name.values(), key=lambda t: t["p_better"])
     assert smaller["p_better_holm"] == pytest.approx(2 * smaller["p_better"])
     assert larger["p_better_holm"] == pytest.approx(max(larger["p_better"], smaller["p_better_holm"]))
     assert {t["koff_is"] for t in tests} == {"better"}
+
+
+def test_a_lead_that_one_side_alone_shows_is_not_shown() -> None:
+    """t = 0.05 / (0.0265 / sqrt 3) = 3.27: one-sided p 0.041, two-sided 0.082."""
+    found = seeds_of([0.02, 0.06, 0.07])
+    for _, rows in found:
+        del rows[5]  # wanda: one test, nothing to correct
+    (test,) = summarise(found)["tests"]
+    assert test["p_better_holm"] < 0.05 < test["p_holm"]
+    assert test["koff_is"] == "not shown to differ"
+
+
+def test_koffs_row_stands_out_and_shares_are_of_what_they_are_of(tmp_path: Path) -> None:
+    """A LoRA alone has another label; of two budgets the figure is of the longer, and says so."""
+    found = seeds_of([0.04, 0.05])
+    for _, rows in found:
+        for each in rows:
+            each["sparsity"]["of"] = "blocks"
+            for key in ("memory", "trained_with", "learned_with"):
+                each[key] = "lora" if each[key] == "lora+kv" else each[key]
+    short = [
+        (Point(p.seed, p.sparsity, 64), [{**r, "tokens": {"settle": 64}} for r in rows]) for p, rows in found
+    ]
+    long = [
+        (p, [{**r, "tokens": {"score": 9, "learn": 96, "settle": 32}} for r in rows]) for p, rows in found
+    ]
+    summary = summarise([*long, *short])
+    write_sweep(tmp_path, summary)
+    page = (tmp_path / "sweep.html").read_text()
+    assert page.count('<tr class="ours"><td>koff, LoRA only</td>') == 2
+    assert "lower is better, after 128 tokens" in page and "removed of blocks parameters, %" in page
+    assert "removed of blocks" in (tmp_path / "sweep.md").read_text()
 
 
 def test_a_loss_is_told_and_one_seed_is_not_tested() -> None:
