@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
 RUN := runs/quickstart
 
 .PHONY: help venv quickstart test test-slow lint format benchmark
@@ -14,16 +15,20 @@ RUN := runs/quickstart
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-venv: $(INSTALLED)  ## make .venv and install koff-prune with its development tools
+venv: $(DEVELOPED)  ## make .venv and install koff-prune with its development tools
 
 # The stamp is written last, so an interrupted install is done again and a finished one costs nothing.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "koff-prune needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(DEVELOPED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: venv  ## recipe to bundle, report and one generated line per domain (20 minutes on 2 cores)
+quickstart: $(INSTALLED)  ## recipe to bundle, report and one generated line per domain (20 minutes on 2 cores)
 	$(BIN)/koff-prune apply --resume recipes/smollm2/quickstart.yaml --out $(RUN)
 	@say() { printf '\n%s: %s' "$$1" "$$2"; \
 	  $(BIN)/koff-run $(RUN)/bundle --memory "$$1" --prompt "$$2" --max-new-tokens 24 | tr -s '\n' ' '; echo; }; \

@@ -13,7 +13,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from koff_export.bundle import open_manifest
 from koff_export.errors import KoffError, is_out_of_memory
+from koff_export.hub import local
 from koff_prune.memory_cli import app as memory_app
 from koff_prune.progress import quiet
 
@@ -170,6 +172,11 @@ def plan(
         from koff_prune.reading import load_recipe
 
         describe(load_recipe(recipe, set_, check_files=False), devices, tflops or 100.0, shard)
+        try:
+            load_recipe(recipe, set_)
+        except KoffError as error:
+            for line in str(error).splitlines():
+                print(f"not here yet: {line}")
         return
     if devices is not None:
         raise KoffError("--devices: tells the needs of a --dry-run; give both")
@@ -259,6 +266,9 @@ def analyze(
     device: Device = None,
 ) -> None:
     """What a run removed (domain-specific neurons?) and what its memories hold (swapped wrongly)."""
+    from koff_prune.places import check_finished
+
+    check_finished(run)  # before torch is imported
     quiet()
     from koff_prune import api
 
@@ -281,6 +291,9 @@ def tasks(
 
     Items come from a package of 86 MB, fetched once.
     """
+    from koff_prune.places import check_finished
+
+    check_finished(run)
     quiet()
     from koff_prune import api
 
@@ -301,6 +314,7 @@ def schema() -> None:
 @app.command()
 def verify(bundle: Bundle) -> None:
     """Re-check a bundle: files, shapes, sparsity, and torch against ONNX Runtime."""
+    open_manifest(local(bundle))  # what is no bundle is told before torch is imported
     quiet()
     from koff_prune.bundling import verify as check
 
@@ -337,7 +351,7 @@ def _print_table(folder: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(render_table(report["rows"]))
     for note in report["notes"]:
-        console.print(note, highlight=False)
+        console.print(note, markup=False, highlight=False)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from koff_prune.packages import fetch_files
 from koff_prune.progress import say
 from koff_prune.recipe import TextSource
 from koff_prune.records import Record, first_line, kind_of, records, rows, text_of
-from koff_prune.templates import lookup, named_by, render
+from koff_prune.templates import lookup, named_by, unknown_fields
 
 _PIECE, _LONG_PIECE = 2_000, 8_000  # characters; see `_pieces`
 _STDLIB_BYTES = (500, 400_000)
@@ -50,6 +50,7 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
         for n, record in enumerate(table, 1)
     )
     fields: list[str] = []
+    unknown: set[str] | None = None  # of the template's fields, what no record has had so far
     read = empty = nameless = 0
     for (_, named), table in groupby(islice(all_rows, source.limit), key=lambda row: row[:2]):
         template = source.key or ("{key}" if named else None)
@@ -62,7 +63,10 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
                 if source.messages:
                     text: str = chat_of(lookup(record, source.messages)) or ""
                 else:
-                    text = render(source.text, record)
+                    text = named_by(source.text, record)
+                    unknown = unknown_fields(source.text, record) if unknown is None else unknown
+                    if unknown:
+                        unknown &= unknown_fields(source.text, record)
                     text = (remove.sub("", text) if remove else text).strip()
                 key = named_by(template, record) if template else ""
             except ValueError as error:
@@ -80,6 +84,11 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
         for key, texts in grouped.items():
             yield key, texts[0] if len(set(texts)) == 1 else "\n".join(texts)
     _tell(source, fields, read, empty, nameless)
+    if read > empty and unknown:
+        raise KoffError(
+            f'{describe(source)}: no record has `{sorted(unknown)[0]}`, which `text: "{source.text}"` names;'
+            f" the fields are {', '.join(fields)}"
+        )
 
 
 def _tell(source: TextSource, fields: list[str], read: int, empty: int, nameless: int) -> None:

@@ -58,7 +58,7 @@ def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0, 
     console = Console(width=110)
     console.print(table)
     for line in lines:
-        console.print(line, highlight=False)
+        console.print(line, markup=False, highlight=False)
 
 
 def _on_devices(recipe: Recipe, need: Needs, devices: int, tflops: float) -> list[str]:

@@ -22,7 +22,15 @@ def _every_command() -> None:
     quiet()
 
 
-Bundle = Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False)]
+def _is_bundle(folder: Path) -> Path:
+    """Tells what is no bundle before torch is imported."""
+    from koff_export.bundle import open_manifest
+
+    open_manifest(folder)
+    return folder
+
+
+Bundle = Annotated[Path, typer.Argument(help="The bundle's folder.", show_default=False, callback=_is_bundle)]
 Name = Annotated[str, typer.Argument(help="The memory's name.", show_default=False)]
 Replace = Annotated[bool, typer.Option("--replace", help="Take the place of a memory of this name.")]
 
@@ -102,7 +110,7 @@ def compose(
         numbers = [float(part) for part in weights.split(",")] if weights else None
     except ValueError as error:
         raise KoffError(f"--weights: {weights!r} is not a list of numbers; write them as 0.7,0.3") from error
-    told = compose_memory(bundle, name, of.split("+"), numbers, replace=replace)
+    told = compose_memory(bundle, name, of.replace(",", "+").split("+"), numbers, replace=replace)
     print(f"{name}: rank {told['lora_rank']}, {told['kv_tokens']} KV tokens")
 
 

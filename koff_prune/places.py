@@ -1,4 +1,4 @@
-"""Where a recipe's local files lie, and whether it is the same recipe in a project that was moved."""
+"""Where a recipe's local files lie; whether it is the same one in a project that was moved; finished runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from koff_export.errors import KoffError
 from koff_prune.recipe import Recipe
 
 
@@ -83,3 +84,31 @@ def _flat(value: Any, place: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {place: value}
     return {k: v for key, item in value.items() for k, v in _flat(item, f"{place}.{key}".lstrip(".")).items()}
+
+
+def check_finished(folder: Path) -> list[str]:
+    """Of what a finished run's folder holds, what is not there: nothing, or `memories`, which may be none.
+
+    Raises:
+        KoffError: It is no finished run.
+    """
+    if (folder / "sweep-of.json").exists():
+        runs = sorted(folder.glob("seed-*/sparsity-*"))
+        inside = runs[0] if runs else folder / "seed-S" / "sparsity-X"
+        raise KoffError(f"{folder}: is a sweep; name one of its runs, such as {inside}")
+    needed = ("recipe.yaml", "run.json", "plan.json", "memories")
+    missing = [name for name in needed if not (folder / name).exists()]
+    if missing and missing != ["memories"]:
+        raise unfinished(folder, missing[0])
+    return missing
+
+
+def unfinished(folder: Path, name: str) -> KoffError:
+    """What to say of a folder that is no finished run, for lack of `name`."""
+    if (folder / "run.json").exists():
+        mend = f"go on with `koff-prune apply RECIPE --out {folder} --resume`"
+    elif (folder / "koff.json").exists():
+        mend = "it is a bundle: name the folder of the run that made it"
+    else:
+        mend = "name the folder of one, as --out had it"
+    return KoffError(f"{folder}: holds no finished run ({name} is missing); {mend}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoTokenizer
 
 from koff_export.errors import KoffError
@@ -32,6 +33,11 @@ def told(name: str, what: str) -> Iterator[None]:
         yield
     except (KoffError, MemoryError):
         raise
+    except GatedRepoError as error:
+        raise KoffError(
+            f"model.source '{name}': is given out to those alone who have accepted its licence; do so on its"
+            " page on the hub, then `hf auth login`"
+        ) from error
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
         raise KoffError(
             f"model.source '{name}': the {what} cannot be loaded ({short(error)}); "

@@ -47,28 +47,26 @@ class Bar:
         elif time.monotonic() - self.printed > _EVERY:
             self.printed = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)
-            console.print(
-                f"{self.label}: {self.done / max(self.total, 1):.0%}, {note}, {left / 60:.1f} min left"
-            )
+            say(f"{self.label}: {self.done / max(self.total, 1):.0%}, {note}, {left / 60:.1f} min left")
 
 
 @contextmanager
 def bar(label: str, total: int) -> Iterator[Bar]:
     """A progress bar for work of `total` tokens; on stderr, so that results can be piped."""
     if not console.is_terminal:
-        console.print(f"{label} …")
+        say(f"{label} …")
         yield Bar(label, total, None)
         return
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}"))  # fmt: skip
+    columns = (TextColumn("{task.description:<24}", markup=False), BarColumn(),
+               TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("left"),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
     with Progress(*columns, console=console) as progress:
         yield Bar(label, total, progress)
 
 
 def say(text: str) -> None:
-    """One line for the user, on stderr."""
-    console.print(text, highlight=False)
+    """One line for the user, on stderr; brackets in it are brackets, and no markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def quiet() -> None:
@@ -78,6 +76,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it can do without
     logging.getLogger("gguf").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of every attempt that it makes again
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

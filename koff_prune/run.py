@@ -32,7 +32,7 @@ from koff_export.files import (
 from koff_prune import ranks
 from koff_prune.architecture import native_dtype
 from koff_prune.chat import tokens
-from koff_prune.places import differences, is_moved, local_paths
+from koff_prune.places import check_finished, differences, is_moved, local_paths, unfinished
 from koff_prune.progress import bar, say
 from koff_prune.reading import read_yaml
 from koff_prune.recipe import Recipe
@@ -336,29 +336,15 @@ def finished_run(folder: Path) -> Run:
     """
     from koff_prune.reading import load_recipe
 
-    if (folder / "sweep-of.json").exists():
-        runs = sorted(folder.glob("seed-*/sparsity-*"))
-        inside = runs[0] if runs else folder / "seed-S" / "sparsity-X"
-        raise KoffError(f"{folder}: is a sweep; name one of its runs, such as {inside}")
-    needed = ("recipe.yaml", "run.json", "plan.json", "memories")
-    missing = [name for name in needed if not (folder / name).exists()]
-    if missing and missing != ["memories"]:
-        raise _unfinished(folder, missing[0])
+    missing = check_finished(folder)
     recipe = load_recipe(folder / "recipe.yaml", check_files=False)
     if recipe.memory.kind == "none":
         raise KoffError(
             f"{folder}: is a run without memories, and this is about them; give its recipe a `memory`"
         )
     if missing:
-        raise _unfinished(folder, missing[0])
+        raise unfinished(folder, missing[0])
     return Run(recipe, folder, resume=True)
-
-
-def _unfinished(folder: Path, name: str) -> KoffError:
-    return KoffError(
-        f"{folder}: holds no finished run ({name} is missing);"
-        f" make one with `koff-prune apply recipe.yaml --out {folder}`"
-    )
 
 
 def _short(source: Any) -> str:

@@ -29,8 +29,17 @@ def render(template: str, record: Mapping[str, Any]) -> str:
     return "".join(text for text, _ in _filled(template, record))
 
 
+_ABSENT = object()
+
+
+def unknown_fields(template: str, record: Mapping[str, Any]) -> set[str]:
+    """The paths of a template's fields that a record does not have; one that is null is there."""
+    paths = {path for _, path, _ in parse(template) if path}
+    return {path for path in paths if lookup(record, path, _ABSENT) is _ABSENT}
+
+
 def named_by(template: str, record: Mapping[str, Any]) -> str:
-    """A template as a record's name: nothing where it has fields, and none of them gives anything.
+    """A template as a record's name or text: nothing where it has fields, and none of them gives anything.
 
     Raises:
         ValueError: As for `render`.
@@ -81,8 +90,8 @@ def parse(template: str) -> tuple[tuple[str, str, bool], ...]:
     return tuple(part for part in parts if part != ("", "", False))
 
 
-def lookup(record: Mapping[str, Any], path: str) -> Any:
-    """The value at a path such as `doc.choices[doc.gold]`, or None where the path ends early."""
+def lookup(record: Mapping[str, Any], path: str, absent: Any = None) -> Any:
+    """The value at a path such as `doc.choices[doc.gold]`, or `absent` where the path ends early."""
     value: Any = record
     for index, name in _STEP.findall(path):
         step: Any = name
@@ -91,13 +100,13 @@ def lookup(record: Mapping[str, Any], path: str) -> Any:
             if isinstance(step, float) and step.is_integer():
                 step = int(step)  # what a table makes of whole numbers where some are missing
             if step is None or isinstance(step, Mapping | list | tuple | set):
-                return None
+                return absent
         if isinstance(value, Mapping):
-            value = value.get(step if step in value else str(step))
+            value = value.get(step if step in value else str(step), absent)
         elif isinstance(value, list | tuple) and re.fullmatch(r"-?\d+", str(step)):
-            value = value[int(step)] if -len(value) <= int(step) < len(value) else None
+            value = value[int(step)] if -len(value) <= int(step) < len(value) else absent
         else:
-            return None
+            return absent
     return value
 
 

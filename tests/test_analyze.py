@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_helpers import tiny_model
-from run_helpers import koff_prune, recipe_of
+from run_helpers import koff_prune, mistake, recipe_of
 
 from koff_prune.specialise import activity, entropy, odds_of_removal, specific, strata
 
@@ -103,6 +103,10 @@ def test_what_is_no_finished_run_is_told(tmp_path: Path, capsys: pytest.CaptureF
     answer = koff_prune(capsys, "analyze", tmp_path)
     assert answer.code == 2
     assert "holds no finished run" in answer.err and answer.err.count("\n") == 1
+    (tmp_path / "run.json").write_text("{}")
+    mistake(koff_prune(capsys, "analyze", tmp_path), "go on with `koff-prune apply RECIPE --out", "--resume`")
+    (tmp_path / "run.json").rename(tmp_path / "koff.json")
+    mistake(koff_prune(capsys, "analyze", tmp_path), "it is a bundle: name the folder of the run")
 
 
 def test_a_run_without_memories_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,26 @@ def test_rows_of_one_key_are_one_document(tmp_path: Path, name: str) -> None:
     assert len(read(path=path, text="{id} {idx}", limit=4)) == 4
 
 
+def test_a_field_that_no_record_has_is_told(tmp_path: Path) -> None:
+    """It would be trained on as a text without its half; one that is null, or there but once, is known."""
+    rows = [{"question": "why", "answer": "so", "doc": {"note": None}}, {"question": "how", "more": 1}]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(KoffError, match=r"no record has `anwser`.*the fields are question, answer"):
+        read(path=path, text="Q: {question} A: {anwser}")
+    with pytest.raises(KoffError, match=r"no record has `doc.note.a`"):
+        read(path=path, text="{question} {doc.note.a}")
+    assert len(read(path=path, text="{question} {answer} {doc.note} {more}")) == 2
+
+
+def test_a_record_whose_fields_are_all_empty_is_no_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"q": "why", "a": "so"}, {"q": None, "a": ""}])
+    assert [text for _, text in read(path=path, text="[INST] {q} [/INST] {a}")] == ["[INST] why [/INST] so"]
+    told = capsys.readouterr().err
+    assert 'under `text: "[INST] {q} [/INST] {a}"`, and are left out\n' in told, "brackets are no markup"
+
+
 def test_where_tells_numbers_from_booleans(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"t": "a", "f": True}, {"t": "b", "f": False}])
     assert read(path=path, text="{t}", where={"f": True}) == [("a", "a")]

@@ -34,6 +34,7 @@ def test_dry_run_needs_a_config_alone(
     assert answer.code == 0, answer.err
     for word in ("ffn_neurons", "kv_groups (not pruned)", "dense model", "backbone", "one memory", "RAM"):
         assert word in answer.out, word
+    assert "not here yet: " in answer.out and "not-here-yet.txt" in answer.out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "recipe.yaml"]
     answer = koff_prune(
         capsys, "plan", "--dry-run", tmp_path / "recipe.yaml", "--set", "structure.sparsity=0.9"

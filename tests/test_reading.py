@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from koff_export.errors import KoffError
-from koff_prune.reading import _all_keys, _unknown_key, load_recipe
+from koff_prune.mistakes import _all_keys, _unknown_key
+from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe, schema
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -208,6 +209,10 @@ def test_overrides(write) -> None:
         "model.source.file=a": "which has no `file`",
         "learn.tokens=[": "not valid YAML",
         "model.source=./none": "there is no such file or folder",
+        "model=org/name": "must be a mapping of keys; write {source: org/name}",
+        "domains.d=./texts": "must be a mapping of keys; write {source: ./texts}",
+        "memory=none": "set its parts: memory.lora=none, memory.kv=none",
+        "domains.d.e.source={path: a.jsonl, text: {a}}": "put a template in quotes",
     }.items():
         found = mistakes(path, override)
         assert len(found) == 1, found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from koff_export.errors import KoffError
+from koff_export.errors import KoffError, no_bundle
 from koff_export.files import read_json, safe_join, sha256_file, write_json
 
 FORMAT = 1
@@ -246,7 +246,7 @@ def open_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise KoffError(f"{os.fspath(folder)} is not a bundle: it has no {MANIFEST}")
+        raise no_bundle(Path(folder), MANIFEST)
     where = os.fspath(path)
     r = _Reader(read_json(path), where)
     version = r.count("format", least=1)

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from koff_export.adapter import Adapter, Options, open_adapter
 from koff_export.bundle import MERGED_KV, Manifest, check_file, open_manifest
 from koff_export.cached import CHUNK, Cache, CachedText, CacheInPlace, CacheOfGraph
-from koff_export.errors import KoffError
+from koff_export.errors import NO_GRAPH, KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
@@ -80,7 +80,7 @@ class Runtime:
         folder = local(bundle, FOR_DEVICES)
         manifest = open_manifest(folder)
         if manifest.graph is None:
-            raise KoffError(f"{folder} holds no ONNX graph: export it with the format onnx")
+            raise KoffError(f"{folder} {NO_GRAPH}")
         profile, precision = manifest.graph.choose(profile, precision)
         if mapped and precision != "fp32":
             raise KoffError(f"mapped: {precision} weights are always arranged anew; leave it out")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from koff_export.bundle import MERGED_KV, Manifest, check_file, open_manifest, write_manifest
-from koff_export.errors import KoffError
+from koff_export.errors import NO_GRAPH, KoffError
 from koff_export.files import safe_join, staged_dir
 from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
@@ -46,7 +46,7 @@ def ship(
     if target.exists():
         raise KoffError(f"{target} exists already: choose another folder, or remove it")
     if manifest.graph is None:
-        raise KoffError(f"{source} holds no ONNX graph: export it with the format onnx")
+        raise KoffError(f"{source} {NO_GRAPH}")
     profile, precision = manifest.graph.choose(profile, precision)
     file = manifest.graph.profiles[profile][precision]
     if target.resolve().is_relative_to(source.resolve()):
