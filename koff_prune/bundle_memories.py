@@ -338,9 +338,8 @@ def _publish(
             # everything is written: from here on there are only renames, and an old one's entry goes first
             if name in manifest.domains:
                 set_domain(bundle, name, None)
-            for target in beside(
-                bundle, name
-            ):  # a kill leaves a memory that others lack, none that they have
+            # a kill leaves a memory that other formats lack, and none that they have still
+            for target in beside(bundle, name):
                 target.unlink(missing_ok=True)
         for aside, target in others.items():
             target.parent.mkdir(exist_ok=True)
