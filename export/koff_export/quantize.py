@@ -28,7 +28,7 @@ from koff_export.errors import KoffError
 from koff_export.files import disk_errors
 from koff_export.graph import is_slot
 from koff_export.onnx import add_defaults
-from koff_export.tensors import TensorFile
+from koff_export.tensors import TensorFile, external
 
 BITS = {"fp16": 16, "int8": 8, "int4": 4}  # of the precisions that have a file of their own, beside fp32
 BLOCK = 32  # weights that share a scale
@@ -40,7 +40,24 @@ _OPSET = 21  # the first whose DequantizeLinear knows blocks
 _ZERO = 128  # what stands for 0 in 8 bits: ONNX Runtime's kernels are made for unsigned ones
 
 
-def _fold_transposes(graph: onnx.GraphProto) -> dict[str, str]:
+class _Arrays:
+    """The arrays of a graph's initializers, each read out of its data file when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.turned: dict[str, np.ndarray] = {}  # of initializers that are others, transposed
+
+    def __call__(self, tensor: onnx.TensorProto) -> np.ndarray:
+        if tensor.name in self.turned:
+            return self.turned[tensor.name]
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        location, offset, _ = external(tensor)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return np.memmap(self.folder / location, dtype, "r", offset, tuple(tensor.dims))
+
+
+def _fold_transposes(graph: onnx.GraphProto, arrays: _Arrays) -> dict[str, str]:
     """Replaces Transpose(initializer) by a transposed initializer: only constant operands are quantised.
 
     Returns:
@@ -50,20 +67,21 @@ def _fold_transposes(graph: onnx.GraphProto) -> dict[str, str]:
     found = {}
     for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights]:
         perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-        array = np.transpose(onnx.numpy_helper.to_array(weights[node.input[0]]), perm)
-        graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
+        tensor, name = weights[node.input[0]], node.output[0]
+        array = arrays.turned[name] = np.transpose(arrays(tensor), perm)
+        graph.initializer.append(onnx.TensorProto(name=name, data_type=tensor.data_type, dims=array.shape))
         graph.node.remove(node)
         found[node.input[0]] = node.output[0]
     return found
 
 
-def _halve(graph: onnx.GraphProto) -> None:
+def _halve(graph: onnx.GraphProto, arrays: _Arrays) -> None:
     """Stores float32 matrices as float16, and casts them back where they are used; a rotation stays exact."""
     casts = []
     exact = {name for node in graph.node if node.op_type == "RotaryEmbedding" for name in node.input}
     for tensor in graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1 and tensor.name not in exact:
-            name, array = tensor.name, onnx.numpy_helper.to_array(tensor)
+            name, array = tensor.name, arrays(tensor)
             largest = np.finfo(np.float16).max
             half = np.clip(array, -largest, largest).astype(np.float16)
             tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.half"))
@@ -73,16 +91,16 @@ def _halve(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _to_bytes(model: onnx.ModelProto, suffixes: tuple[str, ...]) -> None:
+def _to_bytes(model: onnx.ModelProto, suffixes: tuple[str, ...], arrays: _Arrays) -> None:
     """Stores the embedding and the matrices of products whose names end so, in 8 bits, symmetric by block."""
     graph = model.graph
-    tied = _fold_transposes(graph)
+    tied = _fold_transposes(graph, arrays)
     weights = {tensor.name: tensor for tensor in graph.initializer}
     used = {n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1].endswith(suffixes)}
     nodes = []
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name in sorted(used & weights.keys()):
-        parts[name] = _in_bytes(onnx.numpy_helper.to_array(weights.pop(name)))
+        parts[name] = _in_bytes(arrays(weights.pop(name)))
         nodes.append(_dequantized([f"{name}.{key}" for key in parts[name]], name, axis=0))
     for node in graph.node:
         if node.op_type != "Gather" or node.input[1] != "input_ids":
@@ -93,7 +111,7 @@ def _to_bytes(model: onnx.ModelProto, suffixes: tuple[str, ...]) -> None:
         if tied.get(table) in parts:
             parts[table] = parts[tied[table]]
         else:
-            parts[table] = _in_bytes(np.ascontiguousarray(onnx.numpy_helper.to_array(matrix).T))
+            parts[table] = _in_bytes(arrays(matrix).T)
         for key in parts[table]:
             name = f"{table}.{key}"
             columns, rows = f"{name}.columns", f"{name}.rows"
@@ -139,7 +157,7 @@ def nearest(weight: np.ndarray) -> Rounded:
     return codes, scales
 
 
-def _to_nibbles(model: onnx.ModelProto, rounded: Mapping[str, Rounded]) -> None:
+def _to_nibbles(model: onnx.ModelProto, rounded: Mapping[str, Rounded], arrays: _Arrays) -> None:
     """Makes every product with a matrix that still has 32 bits a `MatMulNBits` of 4."""
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -151,7 +169,7 @@ def _to_nibbles(model: onnx.ModelProto, rounded: Mapping[str, Rounded]) -> None:
         name = node.input[1]
         inputs, outputs = weights[name].dims
         if name not in made:
-            found = rounded[name] if name in rounded else nearest(onnx.numpy_helper.to_array(weights[name]))
+            found = rounded[name] if name in rounded else nearest(arrays(weights[name]))
             made[name] = _packed(*found)
         nodes.append(onnx.helper.make_node(
             "MatMulNBits", [node.input[0], f"{name}.int4", f"{name}.scale"], node.output, node.name,
@@ -206,23 +224,23 @@ def quantize(
     """
     if bits not in (4, 8, 16):
         raise KoffError(f"{bits} bits are not supported: choose 16 (fp16), 8 (int8) or 4 (int4)")
-    model = onnx.load(model_path)
+    model, arrays = onnx.load(model_path, load_external_data=False), _Arrays(Path(model_path).parent)
     # The slots' defaults are constants to the quantiser, which would quantise the slots away.
     constants = [tensor for tensor in model.graph.initializer if not is_slot(tensor.name)]
     del model.graph.initializer[:]
     model.graph.initializer.extend(constants)
     if bits == 16:
-        _halve(model.graph)
+        _halve(model.graph, arrays)
     elif bits == 8:
-        _to_bytes(model, ("",))
+        _to_bytes(model, ("",), arrays)
     else:
-        _to_bytes(model, tuple(e for name in keeps for e in _HEAD.get(name, (f"{name}.weight",))))
-        _to_nibbles(model, rounded or {})
+        _to_bytes(model, tuple(e for name in keeps for e in _HEAD.get(name, (f"{name}.weight",))), arrays)
+        _to_nibbles(model, rounded or {}, arrays)
     target = Path(out_path)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TensorFile(target, None if beside is None else Path(beside)) as data:
             for tensor in model.graph.initializer:
-                tensor.CopyFrom(data.put(tensor.name, onnx.numpy_helper.to_array(tensor)))
+                tensor.CopyFrom(data.put(tensor.name, np.ascontiguousarray(arrays(tensor))))
         add_defaults(model)
         onnx.save(model, target)

@@ -14,7 +14,7 @@ _INLINE = 1024  # bytes; what is smaller stays in the graph
 _ALIGN = 4096  # bytes; ONNX Runtime maps whole pages
 
 
-def _external(tensor: onnx.TensorProto) -> tuple[str, int, int]:
+def external(tensor: onnx.TensorProto) -> tuple[str, int, int]:
     """Location, offset and length of a tensor outside of the graph."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     return entries["location"], int(entries.get("offset", 0)), int(entries["length"])
@@ -44,7 +44,7 @@ class TensorFile:
         if beside is not None:
             for tensor in onnx.load(beside, load_external_data=False).graph.initializer:
                 if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                    location, offset, length = where = _external(tensor)
+                    location, offset, length = where = external(tensor)
                     data = np.memmap(beside.parent / location, np.uint8, "r", offset, (length,))
                     self._known.setdefault(_digest(data), where)
         self._file: BinaryIO = self.path.open("wb")
