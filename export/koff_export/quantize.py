@@ -241,6 +241,6 @@ def quantize(
         target.parent.mkdir(parents=True, exist_ok=True)
         with TensorFile(target, None if beside is None else Path(beside)) as data:
             for tensor in model.graph.initializer:
-                tensor.CopyFrom(data.put(tensor.name, np.ascontiguousarray(arrays(tensor))))
+                tensor.CopyFrom(data.put(tensor.name, np.asarray(arrays(tensor), order="C")))
         add_defaults(model)
         onnx.save(model, target)
