@@ -64,9 +64,9 @@ def documents(source: TextSource, *, cache: Path | None = None) -> Iterator[tupl
                     text: str = chat_of(lookup(record, source.messages)) or ""
                 else:
                     text = named_by(source.text, record)
-                    unknown = unknown_fields(source.text, record) if unknown is None else unknown
-                    if unknown:
-                        unknown &= unknown_fields(source.text, record)
+                    if unknown is None or unknown:
+                        lacks = unknown_fields(source.text, record)
+                        unknown = lacks if unknown is None else unknown & lacks
                     text = (remove.sub("", text) if remove else text).strip()
                 key = named_by(template, record) if template else ""
             except ValueError as error:

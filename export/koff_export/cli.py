@@ -6,12 +6,12 @@ import argparse
 import difflib
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from koff_export import __version__
 from koff_export.errors import KoffError
+from koff_export.lines import at_line, json_lines, read_text
 from koff_export.router import AUTO, BARE, route
 
 if TYPE_CHECKING:
@@ -108,41 +108,19 @@ def refuse_two_wheels() -> None:
     )
 
 
-@contextmanager
-def _line(path: str, number: int) -> Iterator[None]:
-    """What is wrong with a line of a file is told with its place."""
-    try:
-        yield
-    except KoffError as error:
-        raise KoffError(f"{path}, line {number}: {error}") from error
-
-
 def _score_windows(runtime: Runtime, path: str, memory: str | None) -> list[list[int]]:
     """The token windows of a file to score with a memory; its messages name the line."""
-    import json
-
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except (OSError, ValueError) as error:
-        raise KoffError(f"cannot read {path}: {error}") from error
     if not path.endswith(".jsonl"):
-        return runtime.windows(text)
+        return runtime.windows(read_text(path))
     windows: list[list[int]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise KoffError(f"{path}, line {number}: not valid JSON ({error})") from error
+    for number, row in json_lines(path):
         tokens = row.get("tokens") if isinstance(row, dict) else None
         if isinstance(tokens, list) and all(type(t) is int for t in tokens):
-            with _line(path, number):
+            with at_line(path, number):
                 runtime.check_tokens([t if t >= 0 else -1 - t for t in tokens], memory)
             windows.append(tokens)
         elif isinstance(row, dict) and isinstance(row.get("text"), str):
-            with _line(path, number):
+            with at_line(path, number):
                 windows += runtime.windows(row["text"])
         else:
             raise KoffError(f'{path}, line {number}: neither {{"tokens": [numbers]}} nor {{"text": "…"}}')
@@ -176,16 +154,7 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
     import json
 
     rows: list[dict[str, Any]] = []
-    try:
-        with open(args.batch, encoding="utf-8-sig") as file:
-            lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
-    except (OSError, ValueError) as error:
-        raise KoffError(f"cannot read {args.batch}: {error}") from error
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise KoffError(f"{args.batch}, line {number}: not valid JSON ({error})") from error
+    for number, row in json_lines(args.batch):
         memory = row.get("memory", args.memory) if isinstance(row, dict) else 0
         if (
             not isinstance(row, dict)
@@ -199,7 +168,7 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
         if memory == AUTO:
             raise KoffError(f"{args.batch}, line {number}: auto picks by one prompt: name a memory")
         rows.append({**row, "memory": None if memory == BARE else memory})
-        with _line(args.batch, number):
+        with at_line(args.batch, number):
             runtime.check_tokens(
                 runtime.encode(row["prompt"]), rows[-1]["memory"], min(1, args.max_new_tokens)
             )
