@@ -152,7 +152,7 @@ class LearnTrainer(Trainer):
             if learner.gates.lagrange.requires_grad:
                 groups.append({"params": [learner.gates.lagrange], "lr": rate, "maximize": True})
         groups = [g for g in groups if g["params"]]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

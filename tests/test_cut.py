@@ -48,7 +48,7 @@ def masked_logits(
     predictions = PredictionHooks(memories.model, compensation) if compensation else None
     if predictions:
         predictions.refresh(plan.layers, torch.zeros(()))
-        predictions.z = hooks.z
+        predictions.set(hooks.z)
     found = {domain: logits(memories, ids, domain) for domain in (None, *memories.domains)}
     hooks.remove()
     if predictions:
