@@ -1,21 +1,22 @@
 """What learning costs beside plain PEFT LoRA training, and how the cost grows; a table and JSON.
 
-    python benchmarks/learn_cost.py [--recipe RECIPE] [--rounds 3] [--steps 20] [--only beside,domains]
+    python benchmarks/learn_cost.py [--recipe RECIPE] [--steps 20] [--only beside,domains]
                                     [--out benchmarks/learn_cost.json]
 
-Every point is a process of its own, so that its peak memory is its own; the points of a group take turns, and
-the median over rounds counts. `beside`: the recipe's model, ours and plain. `domains`, `window`, `size`: ours
-on random Llamas, the same tokens at every point, with the exponent of a fitted power law, drawn beside the
-JSON (.svg). Seconds are told by the wall and by the processor (all threads): on a busy machine, the latter
-alone means something.
+Every point is a process of its own, so that its peak memory is its own. All of a group are open at once and
+take turns, an optimizer step each, so that whatever slows the machine slows all alike; the first step is
+warm-up. `beside`: the recipe's model, ours and plain. `domains`, `window`, `size`: ours on random Llamas, the
+same tokens at every point, with the exponent of a fitted power law, drawn beside the JSON (.svg); so is
+`processes`: one and two, with a thread each. Seconds are told by the wall and by the processor (all threads
+of the first process).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
-import statistics as stats
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,13 @@ SIZES = {
     "10M": (256, 1024, 8, 4, 2), "30M": (512, 1536, 9, 8, 4), "100M": (768, 2304, 14, 12, 4),
     "300M": (1024, 3840, 21, 16, 8), "1B": (2048, 8192, 16, 32, 8),
 }  # fmt: skip
-GROWS = {"domains": "domains", "window": "tokens of a window", "size": "parameters"}  # what x is, by group
+GROWS = {
+    "domains": "domains",
+    "window": "tokens of a window",
+    "size": "parameters",
+    "processes": "processes",
+}  # what x is, by group
+TICK = "a step is done"
 
 
 def points(group: str, steps: int) -> list[dict[str, Any]]:
@@ -57,6 +64,9 @@ def points(group: str, steps: int) -> list[dict[str, Any]]:
     if group == "window":
         return [{**base, "name": f"window {n}", "x": n, "window": n, "steps": max(4, 256 * steps // n)}
                 for n in (64, 128, 256, 512)]  # fmt: skip
+    if group == "processes":
+        return [{**base, "name": f"{n} processes", "x": n, "processes": n, "model": "30M", "batch": 2}
+                for n in (1, 2)]  # fmt: skip
     return [{**base, "name": f"{name} parameters", "model": name} for name in SIZES]
 
 
@@ -81,17 +91,23 @@ def open_model(name: str, recipe: str) -> Any:
 
 
 class Clock:
-    """Time of every finished step; the first is warm-up."""
+    """Time of every step: at its end the others have their turn, until a line comes in."""
 
     def __init__(self) -> None:
         """No step yet."""
-        self.wall: list[float] = []
+        self.wall: list[float] = []  # seconds of every step after the first
         self.processor: list[float] = []
+        self._begun: tuple[float, float] | None = None
 
     def __call__(self, *_: object) -> None:
         """A step is finished."""
-        self.wall.append(time.monotonic())
-        self.processor.append(time.process_time())
+        now = time.monotonic(), time.process_time()
+        if self._begun is not None:
+            self.wall.append(now[0] - self._begun[0])
+            self.processor.append(now[1] - self._begun[1])
+        print(TICK, flush=True)
+        sys.stdin.readline()
+        self._begun = time.monotonic(), time.process_time()
 
 
 def train_plain(model: Any, windows: dict[str, Any], steps: int, clock: Clock) -> None:
@@ -131,8 +147,11 @@ def train_ours(
 
     structure, window = Structure(), point["window"]
     memory = Memory() if point["memory"] == "both" else Memory(kv=None)
-    tokens = point["steps"] * window * len(windows)
-    learn = Learn(tokens=tokens, window=window, loss=Loss(kl=point["kl"]), checkpoint_steps=10**6)
+    batch = point.get("batch", 1)
+    tokens = point["steps"] * window * len(windows) * batch
+    learn = Learn(
+        tokens=tokens, window=window, batch=batch, loss=Loss(kl=point["kl"]), checkpoint_steps=10**6
+    )
     options: dict[str, Any] = {}
     if point["gates"]:
         units, found = read_units(model), Statistics.open(scored)
@@ -152,22 +171,30 @@ def work(point: dict[str, Any], recipe: str, scored: Path) -> dict[str, float]:
     """One point, in this process: seconds for each token after the first step, and memory in GiB."""
     import torch
 
+    from koff_prune import ranks
+
+    ranks.join()
     model = open_model(point["model"], recipe)
     generator = torch.Generator().manual_seed(0)
-    shape = (point["steps"], point["window"])
+    batch = point.get("batch", 1)
+    shape = (point["steps"] * batch, point["window"])
     windows = {
         f"d{n}": torch.randint(3, model.config.vocab_size, shape, generator=generator)
         for n in range(point["domains"])
     }
-    clock, before = Clock(), peak()
+    clock: Any = Clock() if not ranks.rank() else None
+    before = peak()
     if point.get("plain"):
         train_plain(model, windows, point["steps"], clock)
     else:
         train_ours(model, windows, point, scored, clock)
-    tokens = (len(clock.wall) - 1) * point["window"] * point["domains"]
+    ranks.leave()
+    if clock is None:
+        return {}
+    tokens = len(clock.wall) * point["window"] * point["domains"] * batch
     return {
-        "seconds": (clock.wall[-1] - clock.wall[0]) / tokens,
-        "processor": (clock.processor[-1] - clock.processor[0]) / tokens,
+        "seconds": sum(clock.wall) / tokens,
+        "processor": sum(clock.processor) / tokens,
         "peak": peak(),
         "peak_before": before,
         "parameters": sum({id(p): p.numel() for p in model.parameters() if not p.requires_grad}.values()),
@@ -194,32 +221,67 @@ def score(name: str, recipe: str, path: Path) -> None:
     save_tensors(collect(model, read_units(model), Structure().units, list(windows)).tensors(), path)
 
 
-def child(*arguments: object) -> str:
-    """This script with these arguments, in a process of its own; what it prints last."""
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return done.stdout.splitlines()[-1] if done.stdout else ""
+class Child:
+    """A point at work in processes of its own, a step at a time."""
+
+    def __init__(self, asked: argparse.Namespace, point: dict[str, Any], scored: Path) -> None:
+        """Does not begin yet."""
+        self.command = [__file__, "--recipe", asked.recipe, "--scored", scored, "--point", json.dumps(point)]
+        self.environment = dict(os.environ)
+        if count := point.get("processes"):
+            self.environment["OMP_NUM_THREADS"] = "1"
+            if count > 1:
+                launcher = ["-m", "torch.distributed.run", "--nproc-per-node", count, "--master-port", 0,
+                            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+                self.command = [*launcher, *self.command]
+        self.steps, self.done = point["steps"], 0
+        self.found: dict[str, float] | None = None
+
+    def turn(self) -> None:
+        """Does the next step; after the last, ends and leaves what was found."""
+        if not self.done:
+            self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, self.command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=self.errors, text=True, env=self.environment,
+            )  # fmt: skip
+        else:
+            self._say()
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == TICK:
+                self.done += 1
+                if self.done < self.steps:
+                    return
+                self._say()
+            elif line.startswith('{"seconds"'):
+                self.found = json.loads(line)
+        if self.process.wait() or self.found is None:
+            self.errors.seek(0)
+            raise SystemExit(self.errors.read()[-3000:])
+
+    def _say(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
 
 
 def measure(group: str, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All points of a group in turn, as often as there are rounds; medians, ratios and exponents."""
+    """All points of a group, a step of each in turn; ratios and exponents."""
     import numpy as np
 
     chosen = points(group, asked.steps)
     for model in {p["model"] for p in chosen}:
         if not (path := folder / f"{model}.safetensors").exists():
-            child("--recipe", asked.recipe, "--score", model, "--scored", path)
-    found: dict[str, list[dict[str, float]]] = {p["name"]: [] for p in chosen}
-    for _ in range(asked.rounds):
-        for point in chosen:
-            path = folder / f"{point['model']}.safetensors"
-            told = child("--recipe", asked.recipe, "--scored", path, "--point", json.dumps(point))
-            found[point["name"]].append(json.loads(told))
+            command = [sys.executable, __file__, "--recipe", asked.recipe, "--score", model, "--scored", path]
+            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    children = [Child(asked, point, folder / f"{point['model']}.safetensors") for point in chosen]
+    while unfinished := [child for child in children if child.found is None]:
+        min(unfinished, key=lambda child: child.done / child.steps).turn()
     rows = []
-    for point in chosen:
-        runs = found[point["name"]]
-        row = {key: stats.median(run[key] for run in runs) for key in runs[0]}
+    for point, child in zip(chosen, children, strict=True):
+        assert child.found is not None
+        row = dict(child.found)
         row["x"] = point.get("x", row["parameters"])
         rows.append({"name": point["name"], **row})
     first = rows[0]
@@ -279,11 +341,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", default="recipes/smollm2/quickstart.yaml", help="whose model is trained")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--steps", type=int, default=20, help="of a point with a usual window and few domains"
     )
-    parser.add_argument("--only", default="beside,domains,window,size")
+    parser.add_argument("--only", default="beside,domains,window,size,processes")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/learn_cost.json"))
     for inner in ("--point", "--score", "--scored"):  # what the children are told
         parser.add_argument(inner, help=argparse.SUPPRESS)

@@ -48,9 +48,9 @@ def predict(second: torch.Tensor, keep: torch.Tensor, drop: torch.Tensor, ridge:
         drop: Dropped channels, int64.
         ridge: Share of the median of C's diagonal, see `surgeon.damping`.
     """
-    inner = second[keep][:, keep]
-    lower = factor(inner, damping(second, ridge)[keep])
-    return torch.cholesky_solve(second[keep][:, drop], lower).T.contiguous()
+    rows = second.index_select(0, keep)
+    lower = factor(rows.index_select(1, keep), damping(second, ridge)[keep])
+    return torch.cholesky_solve(rows.index_select(1, drop), lower).T.contiguous()
 
 
 Solved = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -86,11 +86,14 @@ class Compensation:
 
 def folded(weight: torch.Tensor, solved: Solved) -> torch.Tensor:
     """A copy of a consumer's weight [out, channels], in its dtype, with W_R B added to the kept columns."""
+    w, drop = weight.float(), solved[1]
+    return torch.addmm(w, w.index_select(1, drop), spread(solved)).to(weight.dtype)
+
+
+def spread(solved: Solved) -> torch.Tensor:
+    """B over all channels, [dropped, channels]: zero at dropped ones."""
     keep, drop, b = solved
-    w = weight.float()
-    result = weight.clone()  # the old one may lie in a file's pages
-    result[:, keep] = (w[:, keep] + w[:, drop] @ b).to(weight.dtype)
-    return result
+    return b.new_zeros(len(drop), len(keep) + len(drop)).index_copy_(1, keep, b)
 
 
 class _Foreseen(torch.autograd.Function):
@@ -149,10 +152,7 @@ class PredictionHooks:
                 self._handles.append(base.register_forward_pre_hook(self._hook((i, kind))))
 
     def refresh(self, kept: Kept, like: torch.Tensor) -> None:
-        """Solves where `kept` changed, for inputs of the dtype and on the device of `like`; leaves them off.
-
-        B is spread over all channels, zero at closed ones.
-        """
+        """Solves where `kept` changed, for inputs as `like` is (dtype and device); leaves them off."""
         self.set({})
         for place, base in self._bases.items():
             stays = kept[place[0]][place[1]]
@@ -162,10 +162,7 @@ class PredictionHooks:
             self._tables.pop(place, None)
             self._folded.pop(place, None)
             if (solved := self.compensation.solve_at(place, kept)) is not None:
-                keep, drop, b = solved
-                wide = b.new_zeros(len(drop), len(keep) + len(drop))
-                wide[:, keep] = b
-                self._tables[place] = (wide.to(like), drop.to(like.device))
+                self._tables[place] = (spread(solved).to(like), solved[1].to(like.device))
                 if _is_plain(base):
                     self._folded[place] = folded(base.weight.detach(), solved)
 
