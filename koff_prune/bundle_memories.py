@@ -97,7 +97,7 @@ def add_memory(
     with in_words_of_add(name):
         recipe = recipe_of(bundle, manifest, name, data, tokens, overrides)
     for file in manifest.files:
-        if "/" not in file:
+        if "/" not in file and file != genai.CONFIG:  # which users edit, and nothing here reads
             check_file(bundle, manifest, file)
     with _changing(bundle):
         manifest = open_manifest(bundle)  # as it is by now
@@ -159,7 +159,8 @@ def compose_memory(
     for part in of:
         _told(bundle, manifest, part)
     for file in manifest.files:
-        if "/" not in file or any(file.startswith(f"memories/{part}/") for part in of):
+        shared = "/" not in file and file != genai.CONFIG
+        if shared or any(file.startswith(f"memories/{part}/") for part in of):
             check_file(bundle, manifest, file)
     with _changing(bundle):
         manifest = open_manifest(bundle)  # as it is by now
@@ -335,6 +336,8 @@ def _publish(
             fsync_path(aside)
         with staged_dir(bundle / "memories" / name) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
+            for path in folder.iterdir():
+                fsync_path(path)
             # everything is written: from here on there are only renames, and an old one's entry goes first
             if name in manifest.domains:
                 set_domain(bundle, name, None)
@@ -357,8 +360,11 @@ def _tell_of_genai(bundle: Path, manifest: Manifest, name: str, kv_tokens: int) 
     if manifest.context is None or genai.CONFIG not in manifest.files:
         return
     left = manifest.context - kv_tokens
-    told = read_json(check_file(bundle, manifest, genai.CONFIG))["model"]["context_length"]
-    if left < told:
+    try:
+        told = read_json(bundle / genai.CONFIG)["model"]["context_length"]
+    except (KoffError, KeyError, TypeError):  # edited or removed; it is not ours to judge
+        return
+    if isinstance(told, int) and left < told:
         say(
             f"{genai.CONFIG} says {told} positions, and memory '{name}' leaves {left}: there, set max_length"
             f" to {left} at most"

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from koff_export.bundle import check_file, open_manifest
 from koff_export.errors import KoffError
 from koff_export.files import read_json, staged_dir
+from koff_export.limits import has_windows
 from koff_prune.bundle_memories import inspect_memory
 from koff_prune.memory import MEMORY_FILES, KvMemory, load_memory
 
@@ -53,7 +54,7 @@ def write_cartridge(bundle: Path, name: str, target: Path) -> bool:
             f"memory {name}: its layers have {heads[0]} to {heads[-1]} KV heads, and a Cartridge has one"
             " width; keep units at [ffn_neurons], or widths uniform"
         )
-    if "sliding_attention" in (read_json(bundle / "config.json").get("layer_types") or []):
+    if has_windows(read_json(bundle / "config.json")):
         raise KoffError(
             f"memory {name}: some layers look back through a sliding window, and with a Cartridge in front"
             " transformers gives them another one; open it with koff_prune.load_bundle"
@@ -64,7 +65,7 @@ def write_cartridge(bundle: Path, name: str, target: Path) -> bool:
         num_layers=len(layers), num_attention_heads=heads[0], token_dim=heads[0] * layers[0][0].shape[-1],
         base_model_name_or_path=manifest.model.get("source", ""), inference_mode=True,
     )  # fmt: skip
-    with staged_dir(target) as aside:
+    with staged_dir(target, new=True) as aside:
         flat = prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=memory.tokens)
         save_file({"prompt_embeddings": flat.contiguous()}, aside / MEMORY_FILES["lora"])
         config.save_pretrained(str(aside))

@@ -107,8 +107,10 @@ def _best_scale(block: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 def inverse_factor(second: torch.Tensor) -> torch.Tensor:
     """Of second moments [n, n], damped: the upper Cholesky factor of their inverse, float32 [n, n]."""
-    lower = factor(second, damping(second, RIDGE))
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    # backwards C is L L^T, so forwards its inverse is U^T U with U = L^-1 turned round: rounding cannot make
+    # that indefinite, as it can an inverse that is factored in its turn
+    lower = factor(second.flip(0, 1), damping(second, RIDGE).flip(0))
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False).flip(0, 1)
 
 
 def _groups(model: PreTrainedModel, keeps: Sequence[str]) -> Iterator[dict[str, Any]]:

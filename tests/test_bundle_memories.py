@@ -518,6 +518,20 @@ def test_a_longer_cache_than_genai_knows_of_is_told(bundle: Path, capsys: pytest
     assert alike.code == 0 and "max_length" not in alike.err
 
 
+def test_genais_file_may_be_edited(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may name another graph, as the docs say; memories come and go all the same."""
+    packed = bundle.with_name("law.koffmem")
+    assert koff_prune(capsys, "memory", "pack", bundle, "law", "-o", packed).code == 0
+    for content in ('{"model": {"context_length": 16, "decoder": {"filename": "other.onnx"}}}', "{}", "no"):
+        (bundle / "genai_config.json").write_text(content)
+        made = koff_prune(
+            capsys, "memory", "compose", bundle, "--of", "law+code", "--name", "both", "--replace"
+        )
+        assert made.code == 0, made.err
+        made = koff_prune(capsys, "memory", "unpack", packed, bundle, "--replace")
+        assert made.code == 0, made.err
+
+
 def test_the_card_stays_true(place: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of memories that come and go it does not tell; of what was shipped, how it is run."""
     card = (bundle / "README.md").read_text()

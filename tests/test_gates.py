@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from koff_prune.gates import BETA, EVERY, GAMMA, ZETA, GateHooks, Gates
 from koff_prune.plan import choose, removed_parameters
 from koff_prune.recipe import Structure
-from koff_prune.units import KINDS, Units, read_units
+from koff_prune.surgeon import MEND
+from koff_prune.units import KINDS, UnitKind, Units, read_units
 
 HARD, STRAIGHT = "hard_concrete", "straight_through"
 
@@ -154,21 +155,39 @@ def test_costs_are_re_estimated_from_gradients(units: Units) -> None:
     assert float(gates.penalty()) == 0
 
 
-def test_curvature_of_training_is_pooled_with_the_starts(units: Units) -> None:
-    """200 tokens scored, 50 trained: a fifth of h is the training's, on the prior's scale in each state."""
-    structure = Structure(units=["ffn_neurons"], sparsity=0.3, of="blocks", round_to=4)
-    start = random_scores(units)
-    start["ffn_neurons"] = [0.1 + s.abs() for s in start["ffn_neurons"]]
-    gates = Gates(units, structure, "re_estimated", start, 0, prior_tokens=100, scored_tokens=200)
+@pytest.mark.parametrize("kinds", [["ffn_neurons"], list(KINDS)], ids=["ffn", "both"])
+@pytest.mark.parametrize("informed", [False, True])
+def test_curvature_of_training_is_pooled_with_the_starts(
+    units: Units, informed: bool, kinds: list[UnitKind]
+) -> None:
+    """200 tokens scored, 50 trained: a fifth of h is the training's, on the old scale in each state.
+
+    A start that is not the information itself (the surgeon's) follows its unit's by a power; where kinds are
+    mixed, all is told by parameter.
+    """
+    structure = Structure(units=kinds, sparsity=0.3, of="blocks", round_to=4)
+    start, known = (
+        {kind: [0.1 + s.abs() for s in layers] for kind, layers in random_scores(units, seed).items()}
+        for seed in (0, 1)
+    )
+    information = known if informed else None
+    gates = Gates(
+        units, structure, "re_estimated", start, 0, prior_tokens=100, scored_tokens=200,
+        information=information,
+    )  # fmt: skip
+    flat = torch.cat([(known if informed else start)[kind][i] for i, kind, _, _ in gates.slots])
     prior = gates.alpha.detach().clone()
     gates.advance(0, 0.3)
     z = gates.draw()
     (z * 0).sum().backward()
     gates.squares += 7 * prior * torch.linspace(0.5, 1.5, len(prior))
     gates.observe(tokens=50)
+    squares = gates.squares / gates.cost if len(kinds) > 1 else gates.squares
     for state in (z < 0.5, z > 0.5):
-        there = gates.squares[state] * prior[state].median() / gates.squares[state].median()
-        torch.testing.assert_close(gates.alpha.detach()[state], 0.8 * prior[state] + 0.2 * there)
+        there = squares[state] * flat[state].median() / squares[state].median()
+        pooled = (0.8 * flat[state] + 0.2 * there) / flat[state]
+        wanted = prior[state] * pooled ** (MEND if informed else 1)
+        torch.testing.assert_close(gates.alpha.detach()[state], wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)

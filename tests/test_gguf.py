@@ -114,6 +114,20 @@ def test_what_llama_cpp_cannot_read_is_told(
         ("qwen3", {"attention_bias": True}, "attention biases"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "'yarn'"),
         ("qwen2", {"head_dim": 64}, "whose heads together"),
+        (
+            "qwen3",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 1e4,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "'llama3'",
+        ),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_told_before_training(
@@ -141,10 +155,18 @@ def test_an_architecture_of_no_ones_is_told(tmp_path: Path) -> None:
         export_gguf_lora(tiny_model(), "x", {}, 1, tmp_path / "law.gguf")
 
 
-def test_a_tokenizer_that_llama_cpp_does_not_know_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "odd_part",
+    [
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+        {"normalizer": {"type": "Lowercase"}},
+    ],
+    ids=["words", "a space in front", "lower case"],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_told(tmp_path: Path, odd_part: dict[str, Any]) -> None:
     odd = merging_tokenizer()
-    made = json.loads(odd.backend_tokenizer.to_str())
-    made["pre_tokenizer"] = {"type": "Whitespace"}
+    made = json.loads(odd.backend_tokenizer.to_str()) | odd_part
     odd = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(made)))
     with pytest.raises(KoffError, match="byte-level BPE"):
         export_gguf(tiny_model(vocab_size=259), odd, tmp_path / "model.gguf", "f32")

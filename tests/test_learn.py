@@ -202,7 +202,7 @@ def test_learning_under_compensation_leaves_the_weights(tmp_path: Path) -> None:
         gates=gates,
               compensation=solve, sparsity=0.3)  # fmt: skip
         assert checksum(memories.base) == base
-        assert not any(m._forward_hooks for m in memories.base.model.layers.modules())
+        assert not any(m._forward_pre_hooks for m in memories.base.model.layers.modules())
         results.append(gates.alpha.detach())
     assert not torch.equal(*results)
 

@@ -16,6 +16,7 @@ from koff_prune import rounding
 from koff_prune.cut import save_backbone
 from koff_prune.memory import save_memory
 from koff_prune.rounding import round_matrices, round_matrix
+from koff_prune.surgeon import damping
 
 
 def weights_of(rounded: Rounded) -> torch.Tensor:
@@ -38,6 +39,21 @@ def test_the_products_err_less_than_of_the_nearest_codes(inputs: int) -> None:
         return float((x @ (weights_of(rounded) - weight).T).square().mean())
 
     assert error(found) < 0.5 * error(nearest(weight.T.contiguous().numpy()))
+
+
+def test_the_inverse_is_factored_even_where_massive_inputs_say_the_same() -> None:
+    """A fifth of the inputs alike at a thousand times the others' scale, and few tokens."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 768, generator=generator)
+    x[:, :154] = 1000 * x[:, :1] * torch.linspace(0.5, 1.5, 154)
+    found = rounding.inverse_factor(x.T @ x)
+    assert torch.isfinite(found).all() and (found.diagonal() > 0).all()
+    assert torch.equal(found, found.triu())
+    x = torch.randn(500, 40, generator=generator)
+    second = x.T @ x
+    damped = (second + torch.diag(damping(second, rounding.RIDGE))).double()
+    found = rounding.inverse_factor(second).double()
+    torch.testing.assert_close(found.T @ found @ damped, torch.eye(40).double(), atol=1e-4, rtol=0)
 
 
 @pytest.fixture(params=["llama", "qwen2-tied"])

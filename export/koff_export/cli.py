@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch",
         metavar="FILE",
-        help='answer a .jsonl of {"prompt": …, "memory": …} together; prints each line with its "answer"',
+        help='answer a .jsonl of {"prompt": …, "memory": …} together (-: standard input); prints each line'
+        ' with its "answer"',
     )
     parser.add_argument("--json", action="store_true", help="with --score: print one JSON object")
     parser.add_argument(

@@ -206,15 +206,19 @@ def recover_below(folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def staged_dir(destination: str | os.PathLike[str]) -> Iterator[Path]:
+def staged_dir(destination: str | os.PathLike[str], *, new: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `destination`; when the block ends well, renames it into place.
 
     An existing folder is moved aside first and removed last, so that at every instant the old or the new one
     exists whole (`recover` brings the old one back after a crash between the two renames). When the block
     raises, the destination is as it was.
 
+    Args:
+        destination: Where the folder belongs.
+        new: Nothing may be there, even if it came while the block ran.
+
     Raises:
-        KoffError: the disk is full, may not be written, or `destination` is a file.
+        KoffError: the disk is full, may not be written, or `destination` is a file, or is there.
     """
     target = Path(destination).resolve()
     stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -232,6 +236,8 @@ def staged_dir(destination: str | os.PathLike[str]) -> Iterator[Path]:
                     fsync_path(os.path.join(folder, name))
                 fsync_path(folder)
             if target.exists():
+                if new:
+                    raise KoffError(f"{target}: came to be there meanwhile; remove it, or name another")
                 target.rename(aside)
             stage.rename(target)
             fsync_path(target.parent)

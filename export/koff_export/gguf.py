@@ -216,6 +216,9 @@ def _split(tokenizer: dict[str, Any]) -> str | None:
     before = tokenizer.get("pre_tokenizer") or {}
     parts = before.get("pretokenizers", [before])
     kinds = [part.get("type") for part in parts]
+    spaced = any(part.get("type") == "ByteLevel" and part.get("add_prefix_space") for part in parts)
+    if spaced or (tokenizer.get("normalizer") or {}).get("type") not in (None, "NFC"):
+        return None  # text would be split as it is, without what the tokenizer does to it first
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):

@@ -60,7 +60,7 @@ def check_fused(config: Config) -> None:
         reason = f"knows the activation silu, not {activation_of(config)}"
     elif moving := rope_kinds(config) - set(_STATIC_ROPE):
         reason = f"knows rotations {', '.join(_STATIC_ROPE)}, not {min(moving)}"
-    elif _has_windows(config):
+    elif has_windows(config):
         reason = "has no sliding windows, which this model has"
     elif head_dim(config) % 16:
         reason = f"wants heads of a multiple of 16, not of {head_dim(config)}"
@@ -88,11 +88,11 @@ def check_gguf(config: Config, *, per_layer: bool, whole_heads: bool) -> None:
     check_gguf_family(str(kind), per_layer, whole_heads)
     if activation_of(config) not in ("silu", "swish"):
         reason = f"computes silu in a {kind}, and this one has {activation_of(config)}"
-    elif _has_windows(config):
+    elif has_windows(config):
         reason = f"knows no sliding windows of a {kind}"
     elif kind == "qwen3" and config.get("attention_bias"):
         reason = "knows no attention biases of a qwen3"
-    elif unknown := rope - {"default", "linear", "llama3"}:
+    elif unknown := rope - {"default", "linear", *(["llama3"] if kind == "llama" else [])}:
         reason = f"would be given rope scaling {min(unknown)!r}, which is not written"
     if reason:
         raise KoffError(f"export.formats: llama.cpp {reason}; leave gguf out")
@@ -147,7 +147,7 @@ def rope_kinds(config: Config) -> set[str]:
     return {str(table.get("rope_type") or table.get("type") or "default") for table in by_layer}
 
 
-def _has_windows(config: Config) -> bool:
+def has_windows(config: Config) -> bool:
     """Whether a layer sees the last tokens alone."""
     if config.get("model_type") == "mistral":
         return config.get("sliding_window") is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +21,14 @@ def at_line(path: str, number: int) -> Iterator[None]:
 
 
 def read_text(path: str) -> str:
-    """A file that a user names, as text.
+    """A file that a user names, as text; `-` is standard input.
 
     Raises:
         KoffError: It cannot be read.
     """
     try:
+        if path == "-":
+            return sys.stdin.read()
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, ValueError) as error:

@@ -66,7 +66,7 @@ def ship(
     adapters = [manifest.domains[name].adapter for name in names]
     wanted = [file, *data, *(path for path in adapters if path is not None)]
     wanted += [name for name in (*_TEXT, MERGED_KV) if name in manifest.files]
-    with staged_dir(target) as aside:
+    with staged_dir(target, new=True) as aside:
         for name in wanted:
             path = aside / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -343,6 +343,10 @@ def test_koff_run_answers_a_file(exported: Exported, tmp_path: Path) -> None:
     runtime = Runtime.open(folder)
     wanted = [("hi", "law"), ("there you are", "music"), ("hi", None)]
     assert [(r["prompt"], r["memory"]) for r in told] == wanted and told[0]["id"] == 7
+    piped = koff_run(
+        folder, "--memory", "music", "--batch", "-", *few, stdin=(tmp_path / "b.jsonl").read_text()
+    )
+    assert piped.stdout == done.stdout
     many = rows[:2] * 40
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
     drawn = koff_run(folder, "--batch", str(tmp_path / "b.jsonl"), *few, "--temperature", "2", "--seed", "5")

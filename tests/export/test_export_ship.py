@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from export_helpers import BOS, Exported
@@ -64,6 +65,22 @@ def test_it_answers_as_the_whole_bundle(
     assert len(graphs) == 1 and not list(part.rglob("*.safetensors"))
     if precision != "fp32":
         assert not (part / "onnx/model.onnx.data").exists(), "float32 weights stay at home"
+
+
+def test_a_folder_that_comes_while_it_is_copied_is_left_alone(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, mine = shutil.copyfile, tmp_path / "part" / "mine.txt"
+
+    def meanwhile(*args: Any, **kwargs: Any) -> Any:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        return copy(*args, **kwargs)
+
+    monkeypatch.setattr(shutil, "copyfile", meanwhile)
+    with pytest.raises(KoffError, match="came to be there meanwhile"):
+        ship(whole, tmp_path / "part", "int8", None, ["law"])
+    assert mine.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["part"]
 
 
 def test_what_cannot_be_shipped_is_told(whole: Path, tmp_path: Path) -> None:
