@@ -45,7 +45,7 @@ def test_the_inverse_is_factored_even_where_massive_inputs_say_the_same() -> Non
     """A fifth of the inputs alike at a thousand times the others' scale, and few tokens."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 768, generator=generator)
-    x[:, :154] = 1000 * x[:, :1] * torch.linspace(0.5, 1.5, 154)
+    x[:, :153] = 1000 * x[:, :1]
     found = rounding.inverse_factor(x.T @ x)
     assert torch.isfinite(found).all() and (found.diagonal() > 0).all()
     assert torch.equal(found, found.triu())
