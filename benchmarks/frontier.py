@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     speed = json.loads(args.speed.read_text(encoding="utf-8"))
     rows = places(args.run, speed, args.tokens, args.profile)
-    memory, command = speed["memory"]["name"], f"python benchmarks/frontier.py RUN {args.out}"
+    memory, command = speed["memory"]["name"], "python benchmarks/frontier.py RUN " + " ".join(sys.argv[2:])
     told = {
         "command": command,
         "domain": memory,

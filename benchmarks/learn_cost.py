@@ -8,7 +8,7 @@ take turns, an optimizer step each, so that whatever slows the machine slows all
 warm-up. `beside`: the recipe's model, ours and plain. `domains`, `window`, `size`: ours on random Llamas, the
 same tokens at every point, with the exponent of a fitted power law, drawn beside the JSON (.svg); so is
 `processes`: one and two, with a thread each. Seconds are told by the wall and by the processor (all threads
-of the first process).
+and processes), memory as the sum of the processes' peaks.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def points(group: str, steps: int) -> list[dict[str, Any]]:
             {**common, "name": "ours, LoRA alone", "memory": "lora", "gates": False},
             {**common, "name": "ours, LoRA + KV", "gates": False},
             {**common, "name": "ours, gates + compensation + LoRA + KV"},
-            {**common, "name": "ours, the same with a live teacher", "kl": 1.0},
+            {**common, "name": "the same, predictions computed as on a GPU", "folds": False},
+            {**common, "name": "ours, gates and all with a live teacher", "kl": 1.0},
         ]
     if group == "domains":  # windows in all: 16 x steps
         return [{**base, "name": f"{n} domains", "x": n, "domains": n, "steps": 16 * steps // n}
@@ -101,12 +102,19 @@ class Clock:
 
     def __call__(self, *_: object) -> None:
         """A step is finished."""
+        from torch import distributed
+
+        from koff_prune import ranks
+
         now = time.monotonic(), time.process_time()
         if self._begun is not None:
             self.wall.append(now[0] - self._begun[0])
             self.processor.append(now[1] - self._begun[1])
-        print(TICK, flush=True)
-        sys.stdin.readline()
+        if not ranks.rank():
+            print(TICK, flush=True)
+            sys.stdin.readline()
+        if ranks.world() > 1:
+            distributed.barrier()
         self._begun = time.monotonic(), time.process_time()
 
 
@@ -170,8 +178,9 @@ def train_ours(
 def work(point: dict[str, Any], recipe: str, scored: Path) -> dict[str, float]:
     """One point, in this process: seconds for each token after the first step, and memory in GiB."""
     import torch
+    from torch import distributed
 
-    from koff_prune import ranks
+    from koff_prune import compensate, ranks
 
     ranks.join()
     model = open_model(point["model"], recipe)
@@ -182,20 +191,22 @@ def work(point: dict[str, Any], recipe: str, scored: Path) -> dict[str, float]:
         f"d{n}": torch.randint(3, model.config.vocab_size, shape, generator=generator)
         for n in range(point["domains"])
     }
-    clock: Any = Clock() if not ranks.rank() else None
-    before = peak()
+    clock, before = Clock(), peak()
+    if not point.get("folds", True):
+        compensate._is_plain = lambda module: False
     if point.get("plain"):
         train_plain(model, windows, point["steps"], clock)
     else:
         train_ours(model, windows, point, scored, clock)
+    spent = torch.tensor([sum(clock.processor), peak()], dtype=torch.float64)
+    if ranks.world() > 1:
+        distributed.all_reduce(spent)
     ranks.leave()
-    if clock is None:
-        return {}
     tokens = len(clock.wall) * point["window"] * point["domains"] * batch
     return {
         "seconds": sum(clock.wall) / tokens,
-        "processor": sum(clock.processor) / tokens,
-        "peak": peak(),
+        "processor": float(spent[0]) / tokens,
+        "peak": float(spent[1]),
         "peak_before": before,
         "parameters": sum({id(p): p.numel() for p in model.parameters() if not p.requires_grad}.values()),
         "threads": torch.get_num_threads(),
@@ -318,14 +329,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
             rows = result[group]["rows"]
             x = [row["x"] for row in rows]
-            for key, colour, label in (("processor", BLUE, "time a token"), ("peak", ORANGE, "peak memory")):
+            for key, colour, label in (("seconds", BLUE, "time a token"), ("peak", ORANGE, "peak memory")):
                 y = [row[key] / rows[0][key] for row in rows]
                 axes.plot(
                     x, y, "o-", color=colour, label=f"{label}: x^{result[group][f'exponent_{key}']:.2f}"
                 )
             axes.set(xlabel=GROWS[group], xscale="log", yscale="log")
             ticks = [0.5, 1, 2, 5, 10, 20, 50]
-            top = max(row[key] / rows[0][key] for row in rows for key in ("processor", "peak"))
+            top = max(row[key] / rows[0][key] for row in rows for key in ("seconds", "peak"))
             axes.set_yticks(ticks, [str(tick) for tick in ticks])
             axes.set_ylim(0.4, max(2.5, 1.3 * top))
             axes.set_xticks(x, [f"{value:.3g}" if value < 1e6 else f"{value / 1e6:.0f} M" for value in x])

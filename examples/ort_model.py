@@ -28,7 +28,8 @@ folder, ids, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 model = ORTModelForCausalLM.from_pretrained(folder, subfolder="onnx", file_name="model.onnx", use_cache=True,
                                             use_io_binding=False)
 found = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                       max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+                       max_new_tokens=count, do_sample=False, repetition_penalty=1.0,
+                       eos_token_id=None, pad_token_id=0)
 print(json.dumps(found[0, len(ids):].tolist()))
 """
 

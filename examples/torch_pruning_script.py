@@ -42,8 +42,10 @@ def main() -> None:
         print(f"{group[0][0].target.name}: {len(group[0][1])} neurons leave")
         group.prune()
     print(f"{before:,} -> {model.num_parameters():,} parameters")
-    print(f"loss {loss_before:.3f} -> {loss(model, test):.3f} on the text's last kilotoken")
+    after = loss(model, test)
+    print(f"loss {loss_before:.3f} -> {after:.3f} on the {len(test):,} tokens after those scored on")
     save_backbone(model, Path("pruned"))
+    print("written to pruned/, for koff_prune.load_backbone: its layers differ in width")
 
 
 @torch.no_grad()

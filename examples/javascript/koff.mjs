@@ -94,7 +94,7 @@ export class Bundle {
     return widths;
   }
 
-  /** Greedy tokens after `ids`, until one of the manifest's eos (left out) or `most` of them. */
+  /** Greedy tokens after `ids` (which begin with the manifest's `bos`, where it has one), until one of the manifest's eos (left out) or `most` of them. */
   async generate(ids, memory = null, most = 24) {
     const { ort, manifest, session } = this, { kv_heads, head_dim, vocab_size } = manifest.graph;
     const fixed = await this.slots(memory), answer = [];

@@ -1,3 +1,4 @@
+// Token ids begin with koff.json's `bos`, where it has one; @huggingface/transformers makes them of tokenizer.json.
 // node node.mjs BUNDLE MEMORY TOKEN,TOKEN,… [PRECISION]      (npm install onnxruntime-node; MEMORY none: the backbone)
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
