@@ -56,7 +56,6 @@ def points(group: str, steps: int) -> list[dict[str, Any]]:
             {**common, "name": "ours, LoRA alone", "memory": "lora", "gates": False},
             {**common, "name": "ours, LoRA + KV", "gates": False},
             {**common, "name": "ours, gates + compensation + LoRA + KV"},
-            {**common, "name": "the same, predictions computed as on a GPU", "folds": False},
             {**common, "name": "ours, gates and all with a live teacher", "kl": 1.0},
         ]
     if group == "domains":  # windows in all: 16 x steps
@@ -180,7 +179,7 @@ def work(point: dict[str, Any], recipe: str, scored: Path) -> dict[str, float]:
     import torch
     from torch import distributed
 
-    from koff_prune import compensate, ranks
+    from koff_prune import ranks
 
     ranks.join()
     model = open_model(point["model"], recipe)
@@ -192,8 +191,6 @@ def work(point: dict[str, Any], recipe: str, scored: Path) -> dict[str, float]:
         for n in range(point["domains"])
     }
     clock, before = Clock(), peak()
-    if not point.get("folds", True):
-        compensate._is_plain = lambda module: False
     if point.get("plain"):
         train_plain(model, windows, point["steps"], clock)
     else:

@@ -80,101 +80,48 @@ class Compensation:
             solved = self.solve_at((i, kind), kept) if (i, kind) in self.second else None
             if solved is None:
                 continue
+            keep, drop, b = solved
             module = consumer(layer, kind)
-            module.weight.data = folded(module.weight.detach(), solved)
-
-
-def folded(weight: torch.Tensor, solved: Solved) -> torch.Tensor:
-    """A copy of a consumer's weight [out, channels], in its dtype, with W_R B added to the kept columns."""
-    w, drop = weight.float(), solved[1]
-    return torch.addmm(w, w.index_select(1, drop), spread(solved)).to(weight.dtype)
-
-
-def spread(solved: Solved) -> torch.Tensor:
-    """B over all channels, [dropped, channels]: zero at dropped ones."""
-    keep, drop, b = solved
-    return b.new_zeros(len(drop), len(keep) + len(drop)).index_copy_(1, keep, b)
-
-
-class _Foreseen(torch.autograd.Function):
-    """x, in front of a folded weight W'; its way back gives the z of closed units what they had no part in.
-
-    W' x is W applied to x with the predictions B x_K where z is 0, so that there dL/dz = -sum over tokens of
-    dL/dx' B x_K, x' being what W sees: on closed channels W' is W, and their gradients at x and x' the same.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, z: torch.Tensor, wide: torch.Tensor, drop: torch.Tensor
-    ) -> torch.Tensor:
-        """X [..., channels] in any dtype, z float [channels], wide [dropped, channels], drop int64."""
-        ctx.save_for_backward(x, wide, drop)
-        ctx.like = z
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
-        """Gradients of x and z."""
-        x, wide, drop = ctx.saved_tensors
-        missed = None
-        if ctx.needs_input_grad[1]:
-            predicted = functional.linear(x, wide.to(x.dtype))
-            by_token = (grads[0][..., drop] * predicted).reshape(-1, len(drop)).to(ctx.like.dtype)
-            missed = torch.zeros_like(ctx.like).index_copy_(0, drop, -by_token.sum(0))
-        return grads[0], missed, None, None
+            w = module.weight.detach().float()
+            weight = module.weight.detach().clone()  # the old one may lie in a file's pages
+            weight[:, keep] = (w[:, keep] + w[:, drop] @ b).to(weight.dtype)
+            module.weight.data = weight
 
 
 class PredictionHooks:
     """Puts predictions where units are closed, for the consumers' base layers, while gates are learned.
 
-    Where a base layer is plain, on the CPU, they are folded into its weight, as the cut will: forward they
-    cost nothing then, and memory for one more copy of it. Else (a device's memory is dear, and weights that
-    are quantised or shared out cannot be folded) they are added to its input.
-
-    They sit inside PEFT's wrapper: LoRA never sees them, as it will not after the cut. On a consumer without
-    a wrapper they must come after the gates.
+    It sits in front of the base layer inside PEFT's wrapper: LoRA never sees it, as it will not after the
+    cut. On a consumer without a wrapper it must come after the gates.
     """
 
     def __init__(self, model: nn.Module, compensation: Compensation) -> None:
         self.compensation = compensation
-        self.z: Mapping[Place, torch.Tensor] = {}
-        self._bases: dict[Place, Any] = {}
         self._tables: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
         self._solved: dict[Place, list[int]] = {}  # the kept units that each table is for
-        self._folded: dict[Place, torch.Tensor] = {}
-        self._own: dict[Place, torch.Tensor] = {}  # the model's weights, while folded ones stand in
+        self.z: Mapping[Place, torch.Tensor] = {}
         self._handles = []
         for i, layer in enumerate(decoder_layers(model)):
             for kind in {kind for at, kind in compensation.second if at == i}:
                 module: Any = consumer(layer, kind)
                 base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-                self._bases[(i, kind)] = base
                 self._handles.append(base.register_forward_pre_hook(self._hook((i, kind))))
 
     def refresh(self, kept: Kept, like: torch.Tensor) -> None:
-        """Solves where `kept` changed, for inputs as `like` is (dtype and device); leaves them off."""
-        self.set({})
-        for place, base in self._bases.items():
+        """Solves where `kept` changed, for inputs of the dtype and on the device of `like`.
+
+        B is spread over all channels, zero at closed ones.
+        """
+        for place in self.compensation.second:
             stays = kept[place[0]][place[1]]
             if self._solved.get(place) == stays:
                 continue
             self._solved[place] = stays
             self._tables.pop(place, None)
-            self._folded.pop(place, None)
             if (solved := self.compensation.solve_at(place, kept)) is not None:
-                self._tables[place] = (spread(solved).to(like), solved[1].to(like.device))
-                if _is_plain(base):
-                    self._folded[place] = folded(base.weight.detach(), solved)
-
-    def set(self, z: Mapping[Place, torch.Tensor]) -> None:
-        """Predicts what z [channels], by place, closes; with none, the model is its own."""
-        self.z = z
-        for place, weight in self._folded.items():
-            base = self._bases[place]
-            if z and place not in self._own:
-                self._own[place], base.weight.data = base.weight.data, weight
-            elif not z and place in self._own:
-                base.weight.data = self._own.pop(place)
+                keep, drop, b = solved
+                wide = b.new_zeros(len(drop), len(keep) + len(drop)).index_copy_(1, keep, b)
+                self._tables[place] = (wide.to(like), drop.to(like.device))
 
     def _hook(self, place: Place) -> Any:
         def fill(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -184,8 +131,6 @@ class PredictionHooks:
                 return None
             wide, drop = table
             x = args[0]
-            if place in self._folded:
-                return (_Foreseen.apply(x, z, wide, drop), *args[1:])
             # 1 - z is 1 for a closed unit; its gradient is minus the unit's own
             predicted = functional.linear(x, wide) * (1 - z[drop]).to(x.dtype)
             return (x.index_add(-1, drop, predicted), *args[1:])
@@ -193,17 +138,6 @@ class PredictionHooks:
         return fill
 
     def remove(self) -> None:
-        """Takes the hooks off, and leaves the model its own weights."""
-        self.set({})
+        """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """A linear layer whose weight is an ordinary tensor in the host's memory."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and type(module.weight.data) is torch.Tensor
-        and module.weight.device.type == "cpu"
-    )

@@ -81,7 +81,7 @@ class Learner(nn.Module):
         if self.gates is not None and self.hooks is not None:
             self.hooks.set(self.gates, self.gates.draw())
             if self.predictions is not None:
-                self.predictions.set(self.hooks.z)
+                self.predictions.z = self.hooks.z
         with memories.autocast():
             out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state
         out = out[:, :-1].reshape(-1, out.shape[-1])
@@ -123,7 +123,7 @@ class Learner(nn.Module):
             if self.hooks is not None:
                 self.hooks.z = {}
             if self.predictions is not None:
-                self.predictions.set({})
+                self.predictions.z = {}
             out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
         return out.reshape(-1, out.shape[-1])
 

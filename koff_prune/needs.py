@@ -97,7 +97,6 @@ class Needs:
         whole: Bytes of the dense model as it is scored and cut.
         second_moments: Bytes of the statistics of scoring, float32: in the host's memory while they are
             collected, then in a file.
-        folded: Bytes of the second weights that predictions are folded into, where a processor learns.
         flops: Per token: forward, and back through weights that get no gradient of their own.
         work: The arithmetic of `flops` in words.
     """
@@ -106,7 +105,6 @@ class Needs:
     windows: int
     whole: int
     second_moments: int
-    folded: int
     flops: float
     work: str
 
@@ -118,7 +116,7 @@ class Needs:
     @property
     def host(self) -> int:
         """Bytes on a machine that scores, then learns, on its processor."""
-        return PROGRAM + max(self.device + self.folded, self.whole + self.second_moments)
+        return PROGRAM + max(self.device, self.whole + self.second_moments)
 
 
 def needs(
@@ -166,17 +164,14 @@ def needs(
     # consumers' inputs, and gradients at their outputs
     sides = {"ffn_neurons": inner, "kv_groups": first.kv_groups * first.queries * first.head_dim}
     moments = sum(layers * (sides[kind] ** 2 + hidden**2) * 4 for kind in recipe.structure.units)
-    folded = 0
     if recipe.cut.compensate != "none":
-        if learn.base != "nf4":  # what is quantised cannot be folded into
-            folded = layers * hidden * each * sum(sides[kind] for kind in recipe.structure.units)
         closed = layers * inner - sum(plan.widths_of("ffn_neurons"))
         parts.append(("predictions", f"{closed:,} closed neurons x {inner:,} x {each} bytes",
                       closed * inner * each))  # fmt: skip
         work += closed * inner
         said = f"{work / 1e9:.2f} G (blocks, head, attention, predictions"
     return Needs(
-        tuple(parts), windows, units.parameters * each, moments, folded, passes * work + 6 * memory,
+        tuple(parts), windows, units.parameters * each, moments, passes * work + 6 * memory,
         f"{passes} x {said}) + 6 x {memory / 1e9:.2f} G",
     )  # fmt: skip
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -52,10 +51,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied-mha-biases": ("qwen3", {**TIED, **MHA, "attention_bias": True}),
     "gemma3-tied": ("gemma3", {**TIED, **SLIDING, "query_pre_attn_scalar": 8}),
 }
-
-
-class Odd(nn.Linear):
-    """A linear layer that is not plain, as a quantised one is not: predictions are added to its input."""
 
 
 def tiny_config(family: str = "llama", **options: Any) -> PretrainedConfig:
