@@ -21,7 +21,7 @@ from koff_export import genai
 from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
-from koff_export.files import disk_errors, fsync_path, read_json, recover_below, staged_dir
+from koff_export.files import disk_errors, fsync_path, recover_below, staged_dir
 from koff_prune.adding import in_words_of_add, recipe_of, same_work
 from koff_prune.attach import attach, attach_memory
 from koff_prune.bundle_places import ADDING, beside, check_places, shipped, unlisted
@@ -96,9 +96,7 @@ def add_memory(
     _check_name(bundle, manifest, name, replace)
     with in_words_of_add(name):
         recipe = recipe_of(bundle, manifest, name, data, tokens, overrides)
-    for file in manifest.files:
-        if "/" not in file and file != genai.CONFIG:  # which users edit, and nothing here reads
-            check_file(bundle, manifest, file)
+    _check_files(bundle, manifest, [])
     with _changing(bundle):
         manifest = open_manifest(bundle)  # as it is by now
         _check_name(bundle, manifest, name, replace)
@@ -158,10 +156,7 @@ def compose_memory(
     _check_name(bundle, manifest, name, replace)
     for part in of:
         _told(bundle, manifest, part)
-    for file in manifest.files:
-        shared = "/" not in file and file != genai.CONFIG
-        if shared or any(file.startswith(f"memories/{part}/") for part in of):
-            check_file(bundle, manifest, file)
+    _check_files(bundle, manifest, of)
     with _changing(bundle):
         manifest = open_manifest(bundle)  # as it is by now
         _check_name(bundle, manifest, name, replace)
@@ -332,11 +327,9 @@ def _publish(
             aside = source.with_name(f".{name}.gguf.tmp")
             others[aside] = bundle / told["gguf"]
             write_gguf_memory(load_backbone(bundle), manifest.gguf.architecture, source, aside)
-        for aside in others:
-            fsync_path(aside)
         with staged_dir(bundle / "memories" / name) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
-            for path in folder.iterdir():
+            for path in (*others, *folder.iterdir()):
                 fsync_path(path)
             # everything is written: from here on there are only renames, and an old one's entry goes first
             if name in manifest.domains:
@@ -357,14 +350,8 @@ def _publish(
 
 def _tell_of_genai(bundle: Path, manifest: Manifest, name: str, kv_tokens: int) -> None:
     """A learned cache takes positions of which onnxruntime-genai knows nothing; its file is not rewritten."""
-    if manifest.context is None or genai.CONFIG not in manifest.files:
-        return
-    left = manifest.context - kv_tokens
-    try:
-        told = read_json(bundle / genai.CONFIG)["model"]["context_length"]
-    except (KoffError, KeyError, TypeError):  # edited or removed; it is not ours to judge
-        return
-    if isinstance(told, int) and left < told:
+    told = genai.positions(bundle)
+    if manifest.context and told and (left := manifest.context - kv_tokens) < told:
         say(
             f"{genai.CONFIG} says {told} positions, and memory '{name}' leaves {left}: there, set max_length"
             f" to {left} at most"
@@ -393,6 +380,14 @@ def _told(bundle: Path, manifest: Manifest, name: str) -> Told:
     if name not in manifest.domains:
         raise KoffError(f"memory '{name}': not in {bundle}; it has {', '.join(manifest.domains) or 'none'}")
     return manifest.domains[name]
+
+
+def _check_files(bundle: Path, manifest: Manifest, names: list[str]) -> None:
+    """The backbone's, and those of some memories; not genai's, which users edit and nothing here reads."""
+    folders = tuple(f"memories/{name}/" for name in names)
+    for file in manifest.files:
+        if ("/" not in file and file != genai.CONFIG) or file.startswith(folders):
+            check_file(bundle, manifest, file)
 
 
 def _files(manifest: Manifest, name: str) -> list[str]:

@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--score",
         metavar="FILE",
-        help="print the perplexity of FILE: .jsonl of {tokens: […]} or {text: …}, or plain text",
+        help="print the perplexity of FILE: .jsonl of {tokens: […]} or {text: …}, or plain text (-: from"
+        " standard input)",
     )
     parser.add_argument(
         "--batch",

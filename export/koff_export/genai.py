@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from koff_export.errors import KoffError
 from koff_export.files import read_json, write_json
 
 CONFIG = "genai_config.json"
@@ -74,3 +75,12 @@ def write_genai_config(folder: Path, manifest: dict[str, Any]) -> bool:
     }  # fmt: skip
     write_json(folder / CONFIG, told)
     return True
+
+
+def positions(folder: Path) -> int | None:
+    """What a bundle's file says that text and answer may take together; None where it says no such thing."""
+    try:
+        told = read_json(folder / CONFIG)["model"]["context_length"]
+    except (KoffError, KeyError, TypeError):
+        return None
+    return told if isinstance(told, int) else None
