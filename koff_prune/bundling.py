@@ -130,8 +130,9 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         recovery = memories / RECOVERY / MEMORY_FILES["lora"]
         told = {name: tell_memory(aside / "memories" / name, name, formats) for name in domains}
         tokenizer, config = run.dense.tokenizer, run.dense.config
-        eos = _ids(config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id)
-        if (aside / "generation_config.json").exists():  # an answer ends where torch's ends
+        # an answer ends where torch's ends, and where memories have learned to end
+        eos = _ids(config.eos_token_id) + _ids(tokenizer.eos_token_id)
+        if (aside / "generation_config.json").exists():
             generation = read_json(aside / "generation_config.json")
             eos += _ids(generation.get("eos_token_id"))
             for who, keys in _PASSES_OVER.items():

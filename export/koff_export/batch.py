@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from koff_export.cached import CHUNK, Cache
 from koff_export.errors import KoffError
 from koff_export.sampling import How, Picker, check_length, sampling_of
-from koff_export.text import stream_text, until_stop
+from koff_export.text import stop_tokens, stream_text, until_stop
 
 if TYPE_CHECKING:
     from koff_export.runtime import Runtime
@@ -94,6 +94,7 @@ def generate_batch(
     ids = [runtime.encode(prompt) for prompt in prompts]
     for tokens, memory in zip(ids, memories, strict=True):
         runtime.check_tokens(tokens, memory, min(1, max_new_tokens))
+    ends = {*runtime.manifest.eos, *stop_tokens(runtime.tokenizer, stop)}
     answers = [""] * len(prompts)
     for memory in dict.fromkeys(memories):
         # texts of like length go together, for padding is computed too
@@ -101,7 +102,7 @@ def generate_batch(
         for some in (mine[at : at + rows] for at in range(0, len(mine), rows)):
             limits = [runtime.room(ids[i], memory, max_new_tokens) for i in some]
             pickers = [sampling.picker(ids[i], runtime.vocab_size, first + i) for i in some]
-            found = _generate_rows(runtime, [ids[i] for i in some], memory, limits, pickers)
+            found = _generate_rows(runtime, [ids[i] for i in some], memory, limits, pickers, ends)
             for i, tokens in zip(some, found, strict=True):
                 pieces = stream_text(runtime.tokenizer, ids[i], iter(tokens))
                 answers[i] = "".join(until_stop(pieces, stop))
@@ -114,8 +115,9 @@ def _generate_rows(
     memory: str | None,
     max_new_tokens: Sequence[int],
     pickers: Sequence[Picker],
+    ends: Collection[int],
 ) -> list[list[int]]:
-    """New tokens after each of `prompts` under one memory, to the manifest's `eos` (left out)."""
+    """New tokens after each of `prompts` under one memory, to one of `ends` (left out)."""
     answers: list[list[int]] = [[] for _ in prompts]
     going = [limit > 0 for limit in max_new_tokens]
     rows = _Rows(runtime, memory, prompts) if any(going) else None
@@ -125,7 +127,7 @@ def _generate_rows(
             if not going[i]:
                 continue
             tokens[i] = pickers[i].pick(logits[i])
-            if tokens[i] in runtime.manifest.eos:
+            if tokens[i] in ends:
                 going[i] = False
             else:
                 answer.append(tokens[i])

@@ -169,6 +169,8 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
             raise KoffError(f"{args.batch}, line {number}: unknown field {near[0]!r}; did you mean 'memory'?")
         if memory == AUTO:
             raise KoffError(f"{args.batch}, line {number}: auto picks by one prompt: name a memory")
+        if "answer" in row:
+            raise KoffError(f"{args.batch}, line {number}: has an 'answer' already; call that field otherwise")
         rows.append({**row, "memory": None if memory == BARE else memory})
         with at_line(args.batch, number):
             runtime.check_tokens(
@@ -186,7 +188,8 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
             text = json.dumps({**row, "answer": answer}, ensure_ascii=False)
             # for a program to read: escaped where the output cannot hold it, never replaced
             print(text if _holds(sys.stdout, text) else json.dumps({**row, "answer": answer}))
-        sys.stdout.flush()  # what is answered is there, whatever becomes of the rest
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what is answered is there, whatever becomes of the rest
 
 
 def _how(args: argparse.Namespace) -> How:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,10 @@ def read_text(path: str) -> str:
     """
     try:
         if path == "-":
-            return sys.stdin.read()
+            if sys.stdin is None:
+                raise KoffError("there is no standard input: name a file")
+            # as a file is read, whatever the locale's encoding
+            return io.TextIOWrapper(io.BytesIO(sys.stdin.buffer.read()), encoding="utf-8-sig").read()
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, ValueError) as error:

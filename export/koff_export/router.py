@@ -48,6 +48,7 @@ def route(runtime: Runtime, tokens: Sequence[int]) -> Choice:
     """
     if len(tokens) < 2:
         return Choice(None)
+    runtime.reread()  # a memory may have come or gone since
 
     def loss(name: str | None) -> float:
         nats, count = runtime.score([tokens], name)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import onnxruntime as ort
@@ -20,9 +20,7 @@ from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
 from koff_export.sampling import How, check_length, sampling_of
 from koff_export.session import check_session, open_session, run_errors
-
-if TYPE_CHECKING:
-    from koff_export.text import ChatTemplate
+from koff_export.text import ChatTemplate, open_tokenizer, stop_tokens, stream_text, until_stop
 
 _ADAPTERS = "onnx/memories"
 
@@ -131,7 +129,7 @@ class Runtime:
 
     def _own(self, name: str) -> Adapter:
         """A memory of the bundle, as the manifest names it now."""
-        self._reread()
+        self.reread()
         if name not in (known := self.memories):
             merged, has = self.manifest.merged, ", ".join(known) or "none"
             has = f"that of {merged} in its weights, and takes no other: name none" if merged else has
@@ -146,7 +144,7 @@ class Runtime:
             raise KoffError(f"the memory {name!r} is not as koff.json says: fetch it again")
         return adapter
 
-    def _reread(self) -> None:
+    def reread(self) -> None:
         """Takes over the memories that the manifest names now: they come and go around one backbone."""
         found = open_manifest(self.folder)
         mine = {p: e for p, e in self.manifest.files.items() if p.startswith("onnx/")}
@@ -223,16 +221,19 @@ class Runtime:
     def tokenizer(self) -> Any:
         """The bundle's tokenizer, a `tokenizers.Tokenizer`."""
         if self._tokenizer is None:
-            from koff_export.text import open_tokenizer
-
             path = self.file("tokenizer.json")
             if path is None:
                 raise KoffError("the bundle lists no tokenizer.json: only token numbers can be used with it")
             self._tokenizer = open_tokenizer(path)
         return self._tokenizer
 
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+    def encode(self, text: str, *, bos: bool = True, control: bool = True) -> list[int]:
         """Tokens of `text`, led by the manifest's `bos` if it has one, and no other special tokens.
+
+        Args:
+            text: Any.
+            bos: Lead with it.
+            control: What spells a control token is one, as in a prompt; else text, as what is learned from.
 
         Raises:
             KoffError: `text` holds halves of characters, as bytes that are no UTF-8 become.
@@ -241,6 +242,7 @@ class Runtime:
             text.encode()
         except UnicodeEncodeError as error:
             raise KoffError("the text is not valid UTF-8: convert it") from error
+        self.tokenizer.encode_special_tokens = not control
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         # A chat template may have written the token already.
         if bos and self.manifest.bos is not None and ids[:1] != [self.manifest.bos]:
@@ -253,8 +255,6 @@ class Runtime:
         Raises:
             KoffError: there is none, or it is not valid.
         """
-        from koff_export.text import ChatTemplate
-
         return ChatTemplate.open(self.file("chat_template.jinja"), self.file("tokenizer_config.json"))
 
     def check_tokens(self, tokens: Sequence[int], memory: str | None, extra: int = 0) -> None:
@@ -281,10 +281,11 @@ class Runtime:
         memory: str | None = None,
         max_new_tokens: int = 128,
         *,
+        ends: Collection[int] = (),
         text: CachedText | None = None,
         **how: Unpack[How],
     ) -> Iterator[int]:
-        """Yields new tokens after `ids`, until one of the manifest's `eos` (not yielded).
+        """Yields new tokens after `ids`, until one of the manifest's `eos` or of `ends` (not yielded).
 
         They also end after `max_new_tokens`, or where the model's context is full.
 
@@ -292,6 +293,7 @@ class Runtime:
             ids: The prompt's tokens, `bos` included if the model wants it.
             memory: A memory's name, or None for the bare backbone.
             max_new_tokens: Upper bound of the answer.
+            ends: More tokens to end at.
             text: Read before with the same memory, such as a conversation so far: what it has in common with
                 `ids` is not read again, and it goes on with them and the answer.
             how: temperature, top_k, top_p, seed, repetition_penalty: see `koff_export.sampling.How`.
@@ -316,7 +318,7 @@ class Runtime:
                 for at in range(0, len(pending), CHUNK):
                     logits = cached.read(pending[at : at + CHUNK])
                 token = picker.pick(logits[-1])
-                if token in self.manifest.eos:
+                if token in self.manifest.eos or token in ends:
                     return
                 yield token
                 pending = [token]
@@ -362,10 +364,8 @@ class Runtime:
         Raises:
             KoffError: as `generate_tokens`.
         """
-        from koff_export.text import stream_text, until_stop
-
-        ids = self.encode(prompt)
-        tokens = self.generate_tokens(ids, memory, max_new_tokens, text=text, **how)
+        ids, ends = self.encode(prompt), stop_tokens(self.tokenizer, stop)
+        tokens = self.generate_tokens(ids, memory, max_new_tokens, ends=ends, text=text, **how)
         return until_stop(stream_text(self.tokenizer, ids, tokens), stop)
 
     # Scores

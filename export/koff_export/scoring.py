@@ -36,6 +36,6 @@ def score(runtime: Runtime, windows: Sequence[Sequence[int]], memory: str | None
 def windows(runtime: Runtime, text: str) -> list[list[int]]:
     """See `Runtime.windows`."""
     lead = [] if runtime.manifest.bos is None else [runtime.manifest.bos]
-    ids, step = runtime.encode(text, bos=False), runtime.manifest.window - len(lead)
+    ids, step = runtime.encode(text, bos=False, control=False), runtime.manifest.window - len(lead)
     cut = [lead + ids[at : at + step] for at in range(0, len(ids), step)]
     return [window for window in cut if len(window) > 1]

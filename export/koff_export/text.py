@@ -63,6 +63,22 @@ def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[in
         yield new[len(old) :]
 
 
+def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
+    """Those of the `stop` texts that are a control token, as numbers: such a token shows in no text.
+
+    Raises:
+        KoffError: One holds a control token and other text beside it.
+    """
+    control = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    found = set()
+    for text in [stop] if isinstance(stop, str) else stop:
+        if text in control:
+            found.add(control[text])
+        elif held := [token for token in control if token in text]:
+            raise KoffError(f"stop: {text!r} holds the control token {held[0]!r}; name the token by itself")
+    return found
+
+
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """Passes pieces on up to the first of the `stop` texts, holding back what may become one."""
     stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]

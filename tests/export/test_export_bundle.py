@@ -347,6 +347,8 @@ def test_koff_run_answers_a_file(exported: Exported, tmp_path: Path) -> None:
         folder, "--memory", "music", "--batch", "-", *few, stdin=(tmp_path / "b.jsonl").read_text()
     )
     assert piped.stdout == done.stdout
+    answered = koff_run(folder, "--batch", "-", *few, stdin='{"prompt": "hi", "answer": "gold"}\n')
+    assert answered.returncode == 2 and "-, line 1: has an 'answer' already" in answered.stderr
     many = rows[:2] * 40
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
     drawn = koff_run(folder, "--batch", str(tmp_path / "b.jsonl"), *few, "--temperature", "2", "--seed", "5")
@@ -466,7 +468,13 @@ def test_lines_and_files_are_read_as_others_write_them(exported: Exported, tmp_p
             done = koff_run(folder, *few, option, str(tmp_path / name))
             assert done.returncode == 0, done.stderr
             found.append(done.stdout)
+        piped = koff_run(
+            folder, *few, option, "-", stdin=f"\ufeff{text}\r\n".encode(), env={"PYTHONIOENCODING": "latin-1"}
+        )
+        assert piped.returncode == 0, piped.stderr
         assert found[0] == found[1]
+        if option == "--batch":
+            assert json.loads(piped.stdout) == json.loads(found[0])
 
 
 @pytest.mark.parametrize(
@@ -483,10 +491,22 @@ def test_no_option_is_passed_over(exported: Exported, args: tuple[str, ...], say
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("closed", "code"), [("<&-", 2), (">&-", 0)])
-def test_closed_streams_end_in_no_traceback(exported: Exported, closed: str, code: int) -> None:
-    prompt = "--prompt hi" if closed == ">&-" else ""
-    line = f"{sys.executable} -m koff_export.cli {exported.folder} --max-new-tokens 2 {prompt} {closed}"
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ("<&-", 2),
+        ("--batch - <&-", 2),
+        ("--score - <&-", 2),
+        ("--prompt hi >&-", 0),
+        ("--batch {questions} >&-", 0),
+    ],
+)
+def test_closed_streams_end_in_no_traceback(
+    exported: Exported, tmp_path: Path, options: str, code: int
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "hi"}\n')
+    options = options.format(questions=tmp_path / "q.jsonl")
+    line = f"{sys.executable} -m koff_export.cli {exported.folder} --max-new-tokens 2 {options}"
     done = subprocess.run(
         ["sh", "-c", line], stderr=subprocess.PIPE, timeout=60, check=False,
         env={**os.environ, "PYTHONPATH": EXPORT},

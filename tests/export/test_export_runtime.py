@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -199,6 +200,28 @@ def test_text_streams_in_whole_characters(runtime: Runtime, monkeypatch: pytest.
     assert "".join(runtime.generate("hello")).startswith(" naïve 漢字 ")
 
 
+def test_what_spells_a_control_token_is_text_to_score_as_it_is_to_learn(runtime: Runtime) -> None:
+    assert runtime.encode("a</s>", bos=False)[1:] == [2], "a prompt may hold it"
+    assert 2 not in runtime.windows("a</s>b")[0] and runtime.score_text("a</s>b")[1] == 6
+    assert runtime.encode("a</s>", bos=False)[1:] == [2]
+
+
+def test_an_answer_ends_at_a_control_token_that_is_named(runtime: Runtime) -> None:
+    """Such a token shows in no text, where another stop would be looked for."""
+    asked: dict[str, Any] = {"max_new_tokens": 60, "temperature": 3.0}
+    ids = runtime.encode("ab")
+    for seed in range(100):
+        drawn = list(runtime.generate_tokens(ids, **asked, seed=seed))
+        if 2 in drawn[1:]:
+            break
+    wanted = runtime.tokenizer.decode(drawn[: drawn.index(2)])
+    assert "".join(runtime.generate("ab", stop=["</s>"], seed=seed, **asked)) == wanted
+    [batched] = runtime.generate_batch(["ab"], [None], stop=["</s>"], seed=seed, **asked)
+    assert batched == wanted
+    with pytest.raises(KoffError, match=r"'</s>\\n' holds the control token '</s>'"):
+        runtime.generate("ab", stop=["</s>\n"])
+
+
 def test_draws_repeat_with_a_seed(runtime: Runtime) -> None:
     def draw(**kw: float) -> list[int]:
         return list(runtime.generate_tokens([BOS, 9], None, 6, temperature=5.0, **kw))
@@ -278,7 +301,9 @@ def stamped(folder: Path, **changes: object) -> None:
     write_manifest(folder, {**{k: v for k, v in old.items() if k not in ("format", "files")}, **changes})
 
 
-def test_a_running_bundle_sees_what_was_added_replaced_and_removed(copy: Path, exported: Exported) -> None:
+def test_a_running_bundle_sees_what_was_added_replaced_and_removed(
+    copy: Path, exported: Exported, tmp_path: Path
+) -> None:
     running = Runtime.open(copy, threads=1)
     before = running.logits([BOS, 5, 6], "music")
     domains = json.loads((copy / "koff.json").read_text())["domains"]
@@ -295,6 +320,12 @@ def test_a_running_bundle_sees_what_was_added_replaced_and_removed(copy: Path, e
     assert np.array_equal(running.logits([BOS, 5, 6], "music"), before), "what is loaded stays"
     running.evict("music")
     assert np.array_equal(running.logits([BOS, 5, 6], "music"), law)
+    other = Runtime.open(copy, threads=1)
+    (copy / sea).rename(tmp_path / "sea")
+    stamped(copy, domains={"law": domains["law"], "music": told["music"]})
+    assert set(route(other, [BOS, 5, 6]).losses) == {"none", "law", "music"}
+    (tmp_path / "sea").rename(copy / sea)
+    stamped(copy, domains={"law": domains["law"], **told})
     with pytest.raises(KoffError, match="no memory 'math'; it has: law, sea, music"):
         running.memory("math")
     damaged = bytearray((copy / sea).read_bytes())

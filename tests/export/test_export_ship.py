@@ -38,6 +38,7 @@ def whole(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
         graph[key] = {"fp32": f"onnx/{stem}.onnx", "int8": path, "int8_dynamic": path}
     manifest = json.loads((folder / "koff.json").read_text())
     del manifest["files"], manifest["format"]
+    (folder / "NOTICE").write_text("of the weights")
     (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": list(range(9, 300))}))
     write_manifest(folder, {**manifest, "graph": graph})
     return folder
@@ -49,7 +50,10 @@ def whole(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_answers_as_the_whole_bundle(
     whole: Path, precision: str, profile: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (whole / "LICENSE").write_text("put there by hand")
     part = ship(whole, tmp_path / "part", precision, profile, ["law", "math"])
+    (whole / "LICENSE").unlink()
+    assert {(part / name).read_text() for name in ("LICENSE", "NOTICE")} == {"put there by hand", "of the weights"}
     check_files(part, open_manifest(part))
     ours, theirs = (Runtime.open(folder, *asked, threads=1, profile=p)
                     for folder, asked, p in ((part, (), None), (whole, (precision,), profile)))  # fmt: skip
