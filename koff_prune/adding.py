@@ -14,9 +14,8 @@ from koff_export.bundle import Manifest
 from koff_export.errors import KoffError
 from koff_export.files import read_json, write_json
 from koff_prune.bundling import MEMORY_LEARN
-from koff_prune.learn import steps_of
 from koff_prune.memory import memory_of_folder
-from koff_prune.needs import check_context
+from koff_prune.needs import check_context, steps_of
 from koff_prune.reading import load_recipe, read_yaml
 from koff_prune.recipe import Domain, Recipe
 

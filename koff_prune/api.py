@@ -15,10 +15,11 @@ from koff_prune.arms import main_arm
 from koff_prune.bundling import write_bundle
 from koff_prune.chat import tokens
 from koff_prune.compare import compare as _compare
-from koff_prune.learn import check_processes, check_steps
-from koff_prune.needs import check_context, check_formats, dry_plan
+from koff_prune.learn import check_processes
+from koff_prune.needs import check_context, check_formats, check_steps, dry_plan
 from koff_prune.plan import even_plan
 from koff_prune.progress import say
+from koff_prune.quantise import check_installed
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Recipe
 from koff_prune.run import Run, finished_run
@@ -74,6 +75,8 @@ def cut(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume: b
 def _prepare(run: Run) -> None:
     # the cheap mistakes first: too short a text or a target out of reach is told before anything is trained
     check_processes(run.recipe.learn)
+    if run.recipe.learn.base == "nf4":
+        check_installed()
     check_steps(run.recipe.learn, run.recipe.step_batches)
     even_plan(run.units, run.recipe.structure)
     check_formats(run.recipe, run.dense.config.to_dict())

@@ -32,9 +32,10 @@ from koff_prune.device import on_device
 from koff_prune.domains import load_domain
 from koff_prune.evaluate import mean_nats, window_losses
 from koff_prune.formats import lora_slots, tell_memory, write_gguf_memory, write_onnx_memory
-from koff_prune.learn import Phase, spends, steps_of, train
+from koff_prune.learn import Phase, spends, train
 from koff_prune.lock import alone
 from koff_prune.memory import Memories, load_memory, save_memory
+from koff_prune.needs import steps_of
 from koff_prune.numerics import CHECKED, TOLERANCE, numerics
 from koff_prune.packing import extract, pack
 from koff_prune.progress import bar, say

@@ -68,26 +68,43 @@ def _content(message: dict[str, Any]) -> Any:
 def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of a conversation; all but the assistant's turns and what ends them as -1 - id.
 
+    A template may write an answer otherwise once another follows (Qwen3's leaves thoughts away): then the
+    last answer alone is learned, behind the turns before it as the template writes them there.
+
     Raises:
-        KoffError: The tokenizer has no chat template, or one that cannot be taken turn by turn.
+        KoffError: The tokenizer has no chat template, or one that begins no answer as it asks for one.
     """
     if not tokenizer.chat_template:
         raise KoffError("model.source: its tokenizer has no chat template; give text instead of messages")
-    messages, done, ids = json.loads(chat), "", []
+    messages = json.loads(chat)
+    # templates take no empty conversation to go on from
+    answers = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
+    found = _by_turns(messages, answers, tokenizer)
+    if found is None and len(answers) > 1:
+        found = _by_turns(messages[: answers[-1] + 1], answers[-1:], tokenizer)
+    if found is None:
+        raise KoffError(
+            "model.source: its chat template begins an answer otherwise than it asks for one, so what the"
+            " assistant said cannot be told apart; give text instead of messages"
+        )
+    return found
+
+
+def _by_turns(
+    messages: list[dict[str, str]], answers: list[int], tokenizer: PreTrainedTokenizerBase
+) -> list[int] | None:
+    """Tokens of a conversation of which these turns are learned; None if what follows one rewrites it."""
+    done = ""
+    ids: list[int] = []
     spans: list[tuple[int, int]] = []  # of `done`, what the assistant says
-    for n, message in enumerate(messages):
-        learned = (
-            message["role"] == "assistant" and n > 0
-        )  # templates take no empty conversation to go on from
+    for n in range(len(messages)):
+        learned = n in answers
         if not learned and n + 1 < len(messages):
             continue
         before = _render(tokenizer, messages[:n], learned) if learned else done
         after = _render(tokenizer, messages[: n + 1], False)
         if not (before.startswith(done) and after.startswith(before)):
-            raise KoffError(
-                "model.source: its chat template rewrites earlier turns, so what the assistant said cannot"
-                " be told apart; give text instead of messages"
-            )
+            return None
         ids += [-1 - i for i in _encode(tokenizer, before[len(done) :])]
         ids += [i if learned else -1 - i for i in _encode(tokenizer, after[len(before) :])]
         if learned:

@@ -10,8 +10,8 @@ from koff_prune.arms import Arm, main_arm
 from koff_prune.checkpoints import read_log
 from koff_prune.evaluate import perplexities
 from koff_prune.leaks import sentences, shared_text
-from koff_prune.learn import steps_of_both
 from koff_prune.memory import kind_of, load_memory
+from koff_prune.needs import steps_of_both
 from koff_prune.report import render_table, write_report
 from koff_prune.run import versions
 from koff_prune.stages import (

@@ -20,6 +20,7 @@ from koff_prune.packages import fetch_files
 from koff_prune.progress import say
 from koff_prune.recipe import TextSource
 from koff_prune.records import Record, first_line, kind_of, records, rows, text_of
+from koff_prune.spool import pieces
 from koff_prune.templates import lookup, named_by, unknown_fields
 
 _PIECE, _LONG_PIECE = 2_000, 8_000  # characters; see `_pieces`
@@ -221,14 +222,16 @@ def _unreadable(error: OSError) -> NoReturn:
 def _pieces(name: str, path: Path) -> Iterator[Record]:
     """A lone text file as several documents, so that it can be split.
 
-    A piece ends at the first blank line after `_PIECE` characters, or at any line end after `_LONG_PIECE`.
+    A piece ends at the first blank line after `_PIECE` characters, or at any line end after `_LONG_PIECE`; a
+    line that is longer still is divided at spaces.
     """
     piece: list[str] = []
     size = number = 0
-    for line in text_of(path).splitlines(keepends=True):
-        piece.append(line)
-        size += len(line)
-        if size >= _LONG_PIECE or (size >= _PIECE and not line.strip()):
+    lines = text_of(path).splitlines(keepends=True)
+    for part in (part for line in lines for part in pieces(line, _LONG_PIECE)):
+        piece.append(part)
+        size += len(part)
+        if size >= _LONG_PIECE or (size >= _PIECE and not part.strip()):
             yield {"key": f"{name}#{number}", "text": "".join(piece)}
             piece, size, number = [], 0, number + 1
     if piece:

@@ -27,7 +27,8 @@ def shared_text(domains: Mapping[str, DomainBlocks]) -> dict[tuple[str, str], fl
 
     Returns:
         By (held out in, trained on in): the share of the held-out windows' spans of `SPAN` tokens that are
-        found there, at whatever place. Empty where windows are shorter than a span.
+        found there, at whatever place. Spans that are read and not learned, such as a system prompt that all
+        conversations share, count nowhere. Empty where windows are shorter than a span.
     """
     trained = {name: np.unique(_spans(blocks.train, 1)) for name, blocks in domains.items()}
     result = {}
@@ -59,4 +60,5 @@ def _spans(windows: torch.Tensor, stride: int) -> np.ndarray:
     found = np.zeros(rows.shape[:2], np.uint64)
     for k in range(SPAN):  # wraps around, as it is to
         found = (found ^ rows[..., k]) * _FACTOR
-    return found.ravel()
+    learned = np.lib.stride_tricks.sliding_window_view(windows.numpy() >= 0, SPAN, axis=1)[:, ::stride]
+    return found[learned.any(axis=2)]

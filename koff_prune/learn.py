@@ -27,7 +27,7 @@ from koff_prune.gates import GateHooks, Gates
 from koff_prune.interrupt import Interruption
 from koff_prune.learner import Learner
 from koff_prune.memory import Memories
-from koff_prune.needs import NOT_BOTH
+from koff_prune.needs import NOT_BOTH, steps_of
 from koff_prune.quantise import quantise
 from koff_prune.recipe import Learn
 from koff_prune.seals import seal
@@ -198,34 +198,6 @@ class LearnTrainer(Trainer):
         path = Path(resume_from_checkpoint) / STATE
         check_safetensors(path)
         self.learner.restore(load_file(path))
-
-
-def steps_of(tokens: int, learn: Learn, batches: int) -> int:
-    """Optimizer steps of so many micro-batches that `tokens` over all domains make, to the nearest."""
-    return int(tokens / (learn.window * learn.batch * batches) + 0.5)
-
-
-def steps_of_both(learn: Learn, batches: int) -> tuple[int, int]:
-    """Steps of joint learning and of settling, together as many as a rival's one training of all tokens."""
-    joint = steps_of(learn.tokens, learn, batches)
-    return joint, steps_of(learn.tokens + learn.settle_tokens, learn, batches) - joint
-
-
-def check_steps(learn: Learn, batches: int) -> None:
-    """Whether tokens that were asked for make a step at all.
-
-    Raises:
-        KoffError: They do not.
-    """
-    step = learn.window * learn.batch * batches
-    asked = {"learn.tokens": learn.tokens, "learn.settle_tokens": learn.settle_tokens}
-    for (key, tokens), steps in zip(asked.items(), steps_of_both(learn, batches), strict=True):
-        if tokens and not steps:
-            raise KoffError(
-                f"{key}: {tokens} make no step of {step} tokens (learn.window {learn.window} x learn.batch"
-                f" {learn.batch} x the {batches} that the domains' weights sum up to): raise it, lower one of"
-                " these, or set 0"
-            )
 
 
 def spends(learn: Learn) -> bool:

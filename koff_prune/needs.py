@@ -11,7 +11,7 @@ from koff_export.errors import KoffError
 from koff_export.limits import check_fused, check_gguf, check_portable
 from koff_prune.architecture import Units, config_of, native_dtype, units_of_config
 from koff_prune.plan import Plan, even_plan
-from koff_prune.recipe import Lora, Recipe
+from koff_prune.recipe import Learn, Lora, Recipe
 
 NOT_BOTH = "learn.base: {} cannot be shared out too; leave --shard away, or set full"
 LOGITS = {"cpu": 2**24}  # bytes of float32 logits that exist at one time: on a CPU, as few as cost no speed
@@ -34,9 +34,38 @@ def dry_plan(recipe: Recipe) -> dict[str, Any]:
     config = config_of(recipe.model)
     if isinstance(context := config.get("max_position_embeddings"), int):
         check_context(recipe, context)
+    check_steps(recipe.learn, recipe.step_batches)
     check_formats(recipe, config)
     units = units_of_config(config)
     return {"units": units, "plan": even_plan(units, recipe.structure), "config": config}
+
+
+def steps_of(tokens: int, learn: Learn, batches: int) -> int:
+    """Optimizer steps of so many micro-batches that `tokens` over all domains make, to the nearest."""
+    return int(tokens / (learn.window * learn.batch * batches) + 0.5)
+
+
+def steps_of_both(learn: Learn, batches: int) -> tuple[int, int]:
+    """Steps of joint learning and of settling, together as many as a rival's one training of all tokens."""
+    joint = steps_of(learn.tokens, learn, batches)
+    return joint, steps_of(learn.tokens + learn.settle_tokens, learn, batches) - joint
+
+
+def check_steps(learn: Learn, batches: int) -> None:
+    """Whether tokens that were asked for make a step at all.
+
+    Raises:
+        KoffError: They do not.
+    """
+    step = learn.window * learn.batch * batches
+    asked = {"learn.tokens": learn.tokens, "learn.settle_tokens": learn.settle_tokens}
+    for (key, tokens), steps in zip(asked.items(), steps_of_both(learn, batches), strict=True):
+        if tokens and not steps:
+            raise KoffError(
+                f"{key}: {tokens} make no step of {step} tokens (learn.window {learn.window} x learn.batch"
+                f" {learn.batch} x the {batches} that the domains' weights sum up to): raise it, lower one of"
+                " these, or set 0"
+            )
 
 
 def check_formats(recipe: Recipe, config: Mapping[str, Any]) -> None:

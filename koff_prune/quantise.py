@@ -16,6 +16,20 @@ from koff_export.errors import KoffError, is_out_of_memory
 from koff_prune.units import decoder_layers
 
 
+def check_installed() -> None:
+    """Whether what packs weights into 4 bits is here.
+
+    Raises:
+        KoffError: It is not.
+    """
+    try:
+        import bitsandbytes.nn  # noqa: F401
+    except ImportError as error:
+        raise KoffError(
+            "learn.base: nf4 needs bitsandbytes: pip install bitsandbytes; or set full"
+        ) from error
+
+
 def quantise(model: Any) -> None:
     """Replaces the frozen linear layers of a causal LM's decoder, in place; LoRA around them stays.
 
@@ -25,12 +39,9 @@ def quantise(model: Any) -> None:
     Raises:
         KoffError: bitsandbytes is not installed, or knows no 4-bit kernels for the device.
     """
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError as error:
-        raise KoffError(
-            "learn.base: nf4 needs bitsandbytes: pip install bitsandbytes; or set full"
-        ) from error
+    check_installed()
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
     try:
         for layer in decoder_layers(model):
             for parent in list(layer.modules()):

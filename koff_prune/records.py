@@ -20,8 +20,9 @@ from koff_export.errors import KoffError
 Record = dict[str, Any]
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _SQLITE = (".db", ".sqlite", ".sqlite3")
-_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
-          ".arrow": "arrow"}  # fmt: skip
+_KINDS = {".jsonl": "json", ".ndjson": "json", ".jsonlines": "json", ".json": "json", ".csv": "csv",
+          ".tsv": "tsv", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow"}  # fmt: skip
+_ARCHIVES = {".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".7z", ".rar"}  # of several files
 _FIELD = 1 << 30  # longest field of a csv file, characters
 _READING = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE)
 
@@ -86,7 +87,10 @@ def text_of(path: Path) -> str:
     """
     try:
         with _opened(path) as file:
-            return str(file.read())
+            text = str(file.read())
+        if "\0" in text:
+            raise KoffError(f"{path}: holds NUL characters, so it is no text; leave it out with `files`")
+        return text
     except UnicodeDecodeError as error:
         raise KoffError(f"{path} is not UTF-8 text; convert it, or leave it out with `files`") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -98,10 +102,13 @@ def _opened(path: Path, newline: str | None = None) -> OpenFile:
     """Text, unpacked on the way; the name means this file and no pattern.
 
     Raises:
-        KoffError: What would unpack it is not installed.
+        KoffError: What would unpack it is not installed, or it is an archive of several files.
     """
-    packed = get_compression(path.name, "infer")
-    if packed is None and path.suffix.lower() in PACKED:
+    if _ARCHIVES.intersection(s.lower() for s in path.suffixes[-2:]):
+        raise KoffError(f"{path}: is an archive; unpack it, or leave it out with `files`")
+    is_packed = path.suffix.lower() in PACKED
+    packed = get_compression(path.name.lower(), "infer") if is_packed else None
+    if packed is None and is_packed:
         raise KoffError(f"{path}: what is packed so takes `pip install zstandard`; do so, or unpack it")
     return OpenFile(
         LocalFileSystem(), str(path), mode="rt", compression=packed, encoding="utf-8-sig", newline=newline

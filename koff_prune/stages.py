@@ -25,8 +25,9 @@ from koff_prune.device import on_device
 from koff_prune.domains import learned_tokens
 from koff_prune.evaluate import mean_nats, read_losses, window_losses
 from koff_prune.gates import RE_ESTIMATED, Gates
-from koff_prune.learn import Phase, spends, steps_of, steps_of_both, train
+from koff_prune.learn import Phase, spends, train
 from koff_prune.memory import Memories, load_memory, save_memory
+from koff_prune.needs import steps_of, steps_of_both
 from koff_prune.pages import finite, infinite
 from koff_prune.plan import Plan, Scores, make_plan
 from koff_prune.progress import bar, say
@@ -299,8 +300,7 @@ def cut_arm(run: Run, arm: Arm, folder: Path, *, keep_backbone: bool = False) ->
             check_seal(folder / "learned", str(folder / "gates.safetensors"))
             for name in memories.names:
                 _load_learned(memories, name, run, folder, plan)
-            batches = run.recipe.step_batches
-            first, settling = steps_of_both(learn, batches)
+            first, settling = steps_of_both(learn, batches := run.recipe.step_batches)
             phase = Phase(settling * learn.window * learn.batch * batches, _joint_share(learn), 1.0)
             label = "settling"
         else:

@@ -54,6 +54,22 @@ def test_the_assistants_turns_and_their_ends_are_learned() -> None:
     assert torch.equal(read[labels >= 0], labels[labels >= 0])
 
 
+def test_of_answers_that_are_rewritten_the_last_is_learned() -> None:
+    """As Qwen3's template writes thoughts: into the last answer alone."""
+    made = tokenizer(
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}</{{ m.role }}>\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    talk = chat_of(TALK)
+    assert talk is not None
+    ids = torch.tensor(chat_tokens(talk, made))
+    assert made.decode(tokens(ids)) == made.apply_chat_template(TALK[:-1], tokenize=False)
+    labels = tokens_and_labels(ids)[1]
+    assert made.decode(labels[labels >= 0]) == "<think></think>Bye.</assistant>\n"
+
+
 def test_a_call_of_a_tool_is_what_the_assistant_says() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
     template = (
@@ -132,8 +148,8 @@ def test_what_is_no_conversation_is_told() -> None:
             chat_of(wrong)
     with pytest.raises(KoffError, match="no chat template"):
         chat_tokens(Chat(json.dumps(TALK)), tokenizer(None))
-    rewriting = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}"
-    with pytest.raises(KoffError, match="rewrites earlier turns"):
+    rewriting = "{{ messages[-1].content }}{% if add_generation_prompt %}?{% endif %}"
+    with pytest.raises(KoffError, match="begins an answer otherwise"):
         chat_tokens(Chat(json.dumps(TALK)), tokenizer(rewriting))
 
 

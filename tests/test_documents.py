@@ -165,6 +165,13 @@ def test_folders_and_a_lone_text_file(tmp_path: Path) -> None:
     assert len(found) > 5
 
 
+def test_a_lone_text_file_of_one_line_is_divided_at_spaces(tmp_path: Path) -> None:
+    (tmp_path / "text8").write_text("word " * 20_000)
+    found = list(documents(TextSource(path=str(tmp_path / "text8"))))
+    assert len(found) > 5 and " ".join(text for _, text in found) == ("word " * 20_000).strip()
+    assert max(len(text) for _, text in found) <= 16_000
+
+
 def test_the_standard_library() -> None:
     found = dict(documents(TextSource(python_stdlib=True)))
     assert "json/decoder.py" in found

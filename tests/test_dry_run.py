@@ -138,6 +138,11 @@ def test_dry_run_knows_what_a_format_cannot_hold(
     mistake(koff_prune(capsys, *command), says)
 
 
+def test_dry_run_refuses_tokens_that_make_no_step(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--dry-run", place / "recipe.yaml", "--set", "learn.tokens=1"]
+    mistake(koff_prune(capsys, *command), "learn.tokens: 1 make no step")
+
+
 def test_devices_belong_to_a_dry_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mistake(koff_prune(capsys, "plan", place / "recipe.yaml", "--devices", 2), "--dry-run")
 

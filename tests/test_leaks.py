@@ -55,14 +55,16 @@ def test_the_share_is_that_of_a_search_by_hand() -> None:
     train = torch.randint(0, 50_000, (6, 256), generator=chance)
     heldout = torch.randint(0, 50_000, (4, 160), generator=chance)
     heldout[1, :96] = train[2, 17:113]  # three spans of its five
-    heldout[3, 64:96] = -1 - train[5, 200:232]  # read and not learned: the same text
+    heldout[3, 64:96] = torch.cat([-1 - train[5, 200:231], train[5, 231:232]])  # one token of it is said
+    heldout[0, 64:96] = -1 - train[4, 200:232]  # none is: a system prompt, such as conversations share
     heldout[2, 32:63] = train[0, 10:41]  # one token short of a span
     other = torch.randint(0, 50_000, (3, 256), generator=chance)
     shared = shared_text({"a": blocks("a", other, heldout), "b": blocks("b", train, other)})
     known = {tuple(row[i : i + SPAN]) for row in train.tolist() for i in range(256 - SPAN + 1)}
     plain = torch.where(heldout < 0, -1 - heldout, heldout).tolist()
     spans = [tuple(row[i : i + SPAN]) for row in plain for i in range(0, 160, SPAN)]
-    assert shared["a", "b"] == sum(span in known for span in spans) / len(spans) == 4 / 20
+    assert sum(span in known for span in spans) == 5 and len(spans) == 20
+    assert shared["a", "b"] == 4 / 19
     assert shared["a", "a"] == 0 and shared["b", "b"] == 0
     assert shared["b", "a"] == 1  # held out in b, trained on in a, all of it
     assert len(sentences(shared)) == 2

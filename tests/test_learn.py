@@ -18,9 +18,10 @@ from koff_prune import interrupt, learner
 from koff_prune.checkpoints import whole_checkpoints
 from koff_prune.compensate import Compensation
 from koff_prune.gates import Gates
-from koff_prune.learn import DomainWindows, LearnTrainer, Phase, steps_of, train
+from koff_prune.learn import DomainWindows, LearnTrainer, Phase, train
 from koff_prune.learner import Learner
 from koff_prune.memory import Memories
+from koff_prune.needs import steps_of
 from koff_prune.recipe import Learn, Structure
 from koff_prune.scores import collect
 from koff_prune.units import KINDS, read_units

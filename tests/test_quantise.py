@@ -76,3 +76,4 @@ def test_without_bitsandbytes_it_says_what_to_install(
     recipe = recipe_of(tmp_path, learn={"base": "nf4"})
     answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
     assert answer.code == 2 and "pip install bitsandbytes" in answer.err
+    assert not (tmp_path / "run" / "statistics.safetensors").exists(), "told before the scoring"

@@ -122,6 +122,7 @@ def test_mistakes_come_in_the_order_of_the_file(write) -> None:
         (GOOD + "memory: {lora: none, kv: none}\n", "settle_tokens"),
         ("a: &a [*a]\n", "nests too deeply"),
         (GOOD + "  D: {source: text.txt}\n", "differ only in case"),
+        (GOOD + "  Complete: {source: text.txt}\n", "domains.Complete: the word means something else"),
     ],
 )
 def test_mistakes_of_the_whole(write, text: str, told: str) -> None:

@@ -9,6 +9,8 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,37 @@ def test_what_is_no_json_is_told(tmp_path: Path, name: str, content: bytes, says
     (tmp_path / name).write_bytes(content)
     with pytest.raises(KoffError, match=says):
         read(tmp_path / name)
+
+
+def test_other_endings_of_json_and_parquet_are_known(tmp_path: Path) -> None:
+    for name in ("a.ndjson", "a.jsonlines"):
+        (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
+        assert [text for _, text in read(tmp_path / name)] == ["one", "two"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "a.pq")
+    assert [text for _, text in read(tmp_path / "a.pq")] == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.jsonl.zip", "a.tar.gz", "a.TGZ", "a.tar"])
+def test_an_archive_of_files_is_no_text(tmp_path: Path, name: str) -> None:
+    """Its first member would be read, or its members' names and modes."""
+    (tmp_path / "one.txt").write_text("one")
+    (tmp_path / "two.txt").write_text("two")
+    if "zip" in name:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for file in ("one.txt", "two.txt"):
+                archive.write(tmp_path / file, file)
+    else:
+        with tarfile.open(tmp_path / name, "w" if name.endswith("tar") else "w:gz") as archive:
+            for file in ("one.txt", "two.txt"):
+                archive.add(tmp_path / file, file)
+    with pytest.raises(KoffError, match="is an archive; unpack it"):
+        read(tmp_path / name)
+
+
+def test_what_holds_nul_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"some \0 bytes")
+    with pytest.raises(KoffError, match="NUL"):
+        read(tmp_path / "a.bin")
 
 
 def test_tables_of_text_are_text(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from koff_export.errors import KoffError
 from koff_export.files import read_json, sha256_file
 from koff_prune.checkpoints import whole_checkpoints
 from koff_prune.domains import load_domain
-from koff_prune.learn import LearnTrainer, steps_of, steps_of_both
+from koff_prune.learn import LearnTrainer
 from koff_prune.memory import load_memory
+from koff_prune.needs import steps_of, steps_of_both
 from koff_prune.plan import Plan
 from koff_prune.reading import load_recipe
 from koff_prune.recipe import Learn

@@ -170,7 +170,7 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
         if memory == AUTO:
             raise KoffError(f"{args.batch}, line {number}: auto picks by one prompt: name a memory")
         if "answer" in row:
-            raise KoffError(f"{args.batch}, line {number}: has an 'answer' already; call that field otherwise")
+            raise KoffError(f"{args.batch}, line {number}: has an 'answer' already; rename that field")
         rows.append({**row, "memory": None if memory == BARE else memory})
         with at_line(args.batch, number):
             runtime.check_tokens(

@@ -53,7 +53,10 @@ def test_it_answers_as_the_whole_bundle(
     (whole / "LICENSE").write_text("put there by hand")
     part = ship(whole, tmp_path / "part", precision, profile, ["law", "math"])
     (whole / "LICENSE").unlink()
-    assert {(part / name).read_text() for name in ("LICENSE", "NOTICE")} == {"put there by hand", "of the weights"}
+    assert {(part / name).read_text() for name in ("LICENSE", "NOTICE")} == {
+        "put there by hand",
+        "of the weights",
+    }
     check_files(part, open_manifest(part))
     ours, theirs = (Runtime.open(folder, *asked, threads=1, profile=p)
                     for folder, asked, p in ((part, (), None), (whole, (precision,), profile)))  # fmt: skip
