@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from koff_export.errors import KoffError
 from koff_export.files import write_json, write_text
@@ -23,15 +24,25 @@ from koff_prune.pages import finite, render
 from koff_prune.plan import Kept, make_plan
 from koff_prune.progress import bar
 from koff_prune.run import Run, finished_run
-from koff_prune.specialise import activity, odds_of_removal, removed_mask, specific, strata
+from koff_prune.specialise import (
+    OFTEN,
+    SPECIFIC,
+    activity,
+    odds_of_removal,
+    removed_mask,
+    specific,
+    strata,
+)
 from koff_prune.stages import baseline_scores, cut_arm, plan_arm
-from koff_prune.verdict import RESAMPLES, SEED
+from koff_prune.verdict import RESAMPLES, SEED, few_documents
 
-RIVALS = ("fisher", "wanda", "random")
+RIVALS = ("fisher", "curvature", "wanda", "random")
+# what else might be called specific: quantile of activation that a neuron must be above, share of all neurons
+OTHERS = ((OFTEN, 0.05), (0.5, 0.01), (0.5, 0.05))
 OFF = "none"
 
 
-def analyze(folder: Path, *, tokens: int = 8192, fraction: float = 0.05) -> dict[str, Any]:
+def analyze(folder: Path, *, tokens: int = 8192, fraction: float = SPECIFIC) -> dict[str, Any]:
     """Both analyses of a finished run.
 
     Args:
@@ -46,7 +57,7 @@ def analyze(folder: Path, *, tokens: int = 8192, fraction: float = 0.05) -> dict
         KoffError: No finished run is there, or it has fewer than two domains.
     """
     if not 0 < fraction < 1:
-        raise KoffError(f"--specific: {fraction} is not a share; choose one between 0 and 1, such as 0.05")
+        raise KoffError(f"--specific: {fraction} is no share; choose one between 0 and 1, such as {SPECIFIC}")
     with finished_run(folder) as run:
         if len(run.domains) < 2:
             raise KoffError(f"{folder}: has one domain; nothing can be specific to it or swapped with it")
@@ -74,22 +85,30 @@ def _specialisation(run: Run, tokens: int, fraction: float) -> dict[str, Any]:
     with bar("neurons' activity", sum(w.numel() for w in windows.values())) as progress:
         seen = activity(on_device(run.fresh()), {n: chat.tokens(w) for n, w in windows.items()}, progress)
     owner, stratum = specific(seen.probability, fraction), strata(seen.strength)
-    is_specific = owner >= 0
     width = owner.shape[1]
     gone = {name: removed_mask(kept, width) for name, kept in _plans(run).items()}
+
+    def odds(owner: torch.Tensor) -> dict[str, dict[str, Any]]:
+        return {name: asdict(odds_of_removal(mask, owner >= 0, stratum)) for name, mask in gone.items()}
+
     per_layer = {name: mask.float().mean(1).tolist() for name, mask in gone.items()}
     return {
         "tokens_per_domain": min(w.numel() for w in windows.values()),
         "fraction": fraction,
         "specific": {name: int((owner == n).sum()) for n, name in enumerate(windows)},
-        "odds": {name: asdict(odds_of_removal(mask, is_specific, stratum)) for name, mask in gone.items()},
+        "often": OFTEN,
+        "odds": odds(owner),
+        "other_definitions": [
+            {"often": often, "fraction": share, "odds": odds(specific(seen.probability, share, often))}
+            for often, share in OTHERS if (often, share) != (OFTEN, fraction)
+        ],
         "removed_of_each": {
             name: {d: float(mask[owner == n].float().mean()) if (owner == n).any() else None
                    for n, d in enumerate(windows)}
             for name, mask in gone.items()
         },
         "removed_per_layer": per_layer,
-        "specific_per_layer": is_specific.float().mean(1).tolist(),
+        "specific_per_layer": (owner >= 0).float().mean(1).tolist(),
     }  # fmt: skip
 
 
@@ -131,7 +150,7 @@ def _swaps(run: Run, tokens: int) -> dict[str, Any]:
         for text in windows
     }
     matrix = {t: {n: mean_nats(v, counts[t]) for n, v in by_name.items()} for t, by_name in losses.items()}
-    return {"nats": matrix, "wrong_minus_right": wrong}
+    return {"nats": matrix, "wrong_minus_right": wrong, "documents": documents}
 
 
 def _difference(
@@ -173,6 +192,12 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             if less
             else "That domain-specific neurons are what koff removes is not shown."
         )
+    ratios = [d["odds"]["koff"]["ratio"] for d in part["other_definitions"]]
+    if known := [ratio for ratio in ratios if ratio is not None]:
+        said.append(
+            f"By {len(known)} other definitions of what is specific koff's odds ratio is {min(known):.2f} to"
+            f" {max(known):.2f}."
+        )
     useless = [
         f"{text} ({row[OFF]['value']:+.3f} nats)"
         for text, row in swaps["wrong_minus_right"].items()
@@ -190,7 +215,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         said.append(f"Memories that are not shown to be worse than the right one: {', '.join(harmless)}.")
     else:
         said.append("On every domain's text every other domain's memory is worse than its own.")
-    return said
+    return said + few_documents(swaps, "--tokens")
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -217,6 +242,13 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
         odds.append([name, *span, f"{o['specific_removed']:.1%}", f"{o['general_removed']:.1%}",
                      *("–" if e is None else f"{e:.1%}" for e in each)])  # fmt: skip
     counts = [[d, f"{n:,}"] for d, n in part["specific"].items()]
+    plans = list(part["odds"])
+    asked = [{key: part[key] for key in ("often", "fraction", "odds")}, *part["other_definitions"]]
+    defined = [
+        [f"{one['fraction']:.0%} of all, above {one['often']:.0%} of activations",
+         *(_span(one["odds"][plan]) for plan in plans)]
+        for one in asked
+    ]  # fmt: skip
     names = [OFF, *domains]
     matrix = [[t, *(f"{perplexity(row[n]):.2f}" for n in names)] for t, row in swaps["nats"].items()]
     cost = [
@@ -225,10 +257,15 @@ def _tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     ]
     return [
         ("Removal of domain-specific neurons", head, odds),
+        ("Odds ratio, by what is called specific", ["definition", *plans], defined),
         (f"Specific neurons, {part['fraction']:.0%} of all", ["domain", "neurons"], counts),
         ("Perplexity of each text under each memory", ["text", *names], matrix),
         ("What a wrong memory costs, nats per token", ["text", *names], cost),
     ]
+
+
+def _span(odds: dict[str, Any]) -> str:
+    return "–" if odds["ratio"] is None else "{ratio:.2f} [{low:.2f}, {high:.2f}]".format(**odds)
 
 
 def _told(difference: dict[str, Any]) -> str:

@@ -261,7 +261,7 @@ def _numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[
 def analyze(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.", show_default=False)],
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Held-out tokens a domain.")] = 8192,
-    specific: Annotated[float, typer.Option("--specific", help="Share of neurons called specific.")] = 0.05,
+    specific: Annotated[float, typer.Option("--specific", help="Share of neurons called specific.")] = 0.01,
     threads: Threads = None,
     device: Device = None,
 ) -> None:

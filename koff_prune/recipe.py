@@ -30,10 +30,11 @@ from koff_prune.recipe_learn import Gates as Gates
 from koff_prune.recipe_memory import Kv as Kv
 from koff_prune.recipe_memory import Lora as Lora
 from koff_prune.recipe_memory import Memory, MemoryKind, none_in_words, parts_of, with_none
+from koff_prune.seals import SEAL
 from koff_prune.templates import parse
 
-BASELINES = ("magnitude", "wanda", "taylor", "fisher", "random")
-Score = Literal["magnitude", "wanda", "taylor", "fisher", "random"]
+BASELINES = ("magnitude", "wanda", "taylor", "fisher", "curvature", "random")
+Score = Literal["magnitude", "wanda", "taylor", "fisher", "curvature", "random"]
 
 SEED = "{seed}"  # in a local model.source: a sweep over seeds puts each seed's number there
 
@@ -245,7 +246,7 @@ class Evaluate(Section):
 class CompareRow(Section):
     """One more row of the report. `memory` is trained for koff's learn + settle tokens on the row's plan."""
 
-    method: Literal["dense", "koff", "magnitude", "wanda", "taylor", "fisher", "random"] = Field(
+    method: Literal["dense", "koff", "magnitude", "wanda", "taylor", "fisher", "curvature", "random"] = Field(
         description="How units are chosen; dense: none is removed."
     )
     ranking: Literal["global", "per_layer", "better"] | None = Field(
@@ -324,7 +325,7 @@ class Recipe(Section):
             self._check_memory(n, row)
         folded: dict[str, str] = {}
         for name in self.domains:
-            if name in ("none", "gmean", "auto"):
+            if name.casefold() in ("none", "gmean", "auto", SEAL):
                 raise ValueError(f"domains.{name}: the word means something else to every command; rename it")
             other = folded.setdefault(name.casefold(), name)
             if other != name:  # each domain is a folder, and many disks do not tell case apart

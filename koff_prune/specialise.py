@@ -2,9 +2,10 @@
 
 A neuron is specific where its activation probability differs most between domains: LAPE, the entropy of a
 neuron's activation probabilities over domains (Tang et al. 2024, "Language-Specific Neurons", section 2.2),
-is low. Specific and general neurons are compared by the odds of being removed, in strata of equal layer and
-equal mean activation, so that neither "late layers are specific and cheap" nor "rarely active neurons are
-specific and cheap" can pass for specialisation.
+is low. As there, neurons count that some domain activates more often than 95% of all activation probabilities
+are, and the lowest 1% of all neurons are specific. Specific and general neurons are compared by the odds of
+being removed, in strata of equal layer and equal mean activation, so that neither "late layers are specific
+and cheap" nor "rarely active neurons are specific and cheap" can pass for specialisation.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from koff_prune.plan import Kept
 from koff_prune.units import decoder_layers
 
 DECILES = 10
-ACTIVE = (
-    0.5  # a neuron counts where some domain activates it at least as often as this quantile of all neurons
-)
+OFTEN = 0.95  # quantile of all activation probabilities that one of a specific neuron's is above
+SPECIFIC = 0.01  # share of all neurons
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,20 @@ def entropy(probability: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 0, found, torch.full_like(found, math.log(len(probability))))
 
 
-def specific(probability: torch.Tensor, fraction: float) -> torch.Tensor:
+def specific(probability: torch.Tensor, fraction: float = SPECIFIC, often: float = OFTEN) -> torch.Tensor:
     """The `fraction` of neurons of lowest entropy, among those that some domain activates often enough.
 
     Args:
         probability: float [domains, layers, neurons].
         fraction: Of all neurons, in (0, 1).
+        often: Quantile of all probabilities that one of a neuron's has to be above.
 
     Returns:
         int64 [layers, neurons]: the domain that activates a specific neuron most, -1 for a general one.
     """
     best, owner = probability.max(0)
-    ranked = entropy(probability).masked_fill(best < best.quantile(ACTIVE), math.inf).flatten()
+    bar = float(np.quantile(probability.numpy(), often))  # torch's takes no more than 16 million
+    ranked = entropy(probability).masked_fill(best <= bar, math.inf).flatten()
     chosen = torch.argsort(ranked, stable=True)[: round(fraction * ranked.numel())]
     chosen = chosen[ranked[chosen].isfinite()]
     result = torch.full_like(owner, -1).flatten()

@@ -21,6 +21,7 @@ from koff_export.errors import KoffError
 from koff_export.files import disk_errors, fsync_path, read_json, recover, staged_dir, write_json, write_text
 from koff_prune import ranks
 from koff_prune.lock import alone
+from koff_prune.needs import check_steps
 from koff_prune.pages import finite, infinite
 from koff_prune.places import differences, is_moved, local_paths
 from koff_prune.progress import say
@@ -194,9 +195,18 @@ def _enter(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def _check_targets(recipe: Recipe, out: Path, asked: Sequence[Point]) -> None:
-    """Refuses a sparsity that the model cannot have, before hours go into those in front of it."""
+    """Refuses what cannot be run, a budget or a sparsity, before hours go into what stands in front of it."""
     first = asked[0]
-    others = {point.sparsity for point in asked if not (out / point.folder / ROWS).exists()}
+    new = [point for point in asked if not (out / point.folder / ROWS).exists()]
+    for point in new:
+        its = point.recipe(recipe)  # whether its dense model is there
+        try:
+            check_steps(its.learn, its.step_batches)
+        except KoffError as error:
+            if point.tokens is None:
+                raise
+            raise KoffError(f"--tokens: of {point.tokens}, {error}") from error
+    others = {point.sparsity for point in new}
     if not others - {first.sparsity}:
         return
     from koff_prune.plan import even_plan

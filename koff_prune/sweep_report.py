@@ -136,6 +136,7 @@ def _over_seeds(label: str, tables: Sequence[dict[str, Row]]) -> dict[str, Any]:
     memory = first["parameters"]["memory"] if first["memory"] != "none" else 0
     return {
         "label": label, "method": first["method"], "memory": first["memory"], "seeds": len(there),
+        "nats": nats.tolist(),
         "perplexity": math.exp(nats.mean()), "beside_dense": math.exp(beside.mean()), "std_nats": spread,
         "realised": first["sparsity"]["realised"], "of": first["sparsity"]["of"],
         "backbone": first["parameters"]["backbone"],
@@ -159,7 +160,7 @@ def _dense(table: dict[str, Row]) -> Row:
 
 
 def _others(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]], *, baselines: bool) -> list[str]:
-    """Labels of the rows that koff is held against, there for every seed: its budget, its memories."""
+    """Labels of rows of koff's budget, there for every seed: with its memories; its own, a part of them."""
     result = []
     for label in tables[0]:
         if not all(label in table for table in tables):
@@ -171,8 +172,10 @@ def _others(runs: Sequence[list[Row]], tables: Sequence[dict[str, Row]], *, base
                 fair = False
                 break
             equipped = row["memory"] == row["trained_with"] == koff["memory"]
-            known = row["method"] in BASELINES or (row["method"] == "koff" and not baselines)
-            fair = fair and equipped and known
+            ours = (
+                not baselines and row["method"] == "koff" and row["memory"] == row["trained_with"] != "none"
+            )
+            fair = fair and (ours or (equipped and row["method"] in BASELINES))
         if fair:
             result.append(label)
     return result

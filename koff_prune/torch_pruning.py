@@ -250,7 +250,7 @@ def _check_importance(importance: Callable[..., torch.Tensor], units: tuple[Unit
         raise KoffError(f"units: {name} scores no kv_groups; leave units at ['ffn_neurons']")
     if not isinstance(importance, UnitImportance) or importance.method in ("magnitude", "random"):
         return
-    methods = (*BASELINES, "fisher_tokens", "curvature")
+    methods = (*BASELINES, "fisher_tokens")
     if importance.method not in methods:
         raise KoffError(
             f"importance: there is no method {importance.method!r}; name one of {', '.join(methods)}"

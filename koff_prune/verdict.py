@@ -301,14 +301,14 @@ def _headline(koff: Row, dense: Row | None) -> str:
     return f"{text}, {abs(ratio):.1%} {'above' if ratio >= 0 else 'below'} the dense model's {_pp(dense)}."
 
 
-def few_documents(koff: Row) -> list[str]:
-    """A sentence where held-out documents are too few for an interval to mean much."""
+def few_documents(koff: Row, key: str = "evaluate.tokens") -> list[str]:
+    """A sentence where held-out documents are too few for an interval to mean much; `key` gives more."""
     few = {name: len(set(d)) for name, d in koff.get("documents", {}).items() if len(set(d)) < _FEW_DOCUMENTS}
     if not few:
         return []
     counts = ", ".join(f"{name} {count}" for name, count in few.items())
     none = ", and there are none with one" if 1 in few.values() else ""
-    return [f"Intervals are rough: few held-out documents ({counts}){none}; raise evaluate.tokens."]
+    return [f"Intervals are rough: few held-out documents ({counts}){none}; raise {key}."]
 
 
 def _first(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> Row | None:

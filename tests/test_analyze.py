@@ -53,9 +53,25 @@ def test_entropy_and_the_specific_neurons() -> None:
     assert found[0] == pytest.approx(0.0, abs=1e-6)
     assert found[1] == pytest.approx(math.log(2))
     assert found[2] == pytest.approx(math.log(2)), "a dead neuron is nobody's"
-    # the last neuron's entropy is 0 too, but no domain activates it as often as the median neuron
-    assert specific(probability, 0.25).tolist() == [[0, -1, -1, -1]]
-    assert specific(probability, 0.75).tolist() == [[0, 0, -1, -1]]
+    # the last neuron's entropy is 0 too, but no domain activates it as often as most activations are
+    assert specific(probability, 0.25, 0.6).tolist() == [[0, -1, -1, -1]]
+    assert specific(probability, 0.75, 0.6).tolist() == [[0, 0, -1, -1]]
+
+
+def test_specific_neurons_are_the_papers() -> None:
+    """Chosen one by one as Tang et al. do: the lowest 1% in entropy of those above the 95th percentile."""
+    probability = torch.rand(3, 4, 500, generator=torch.Generator().manual_seed(0)) ** 3
+    bar = sorted(probability.flatten().tolist())[round(0.95 * probability.numel())]
+    entropies = []
+    for neuron in range(4 * 500):
+        p = probability.flatten(1)[:, neuron].tolist()
+        shares = [x / sum(p) for x in p]
+        if max(p) >= bar:
+            entropies.append((-sum(s * math.log(s) for s in shares if s), neuron, p.index(max(p))))
+    wanted = torch.full((4 * 500,), -1)
+    for _, neuron, owner in sorted(entropies)[:20]:
+        wanted[neuron] = owner
+    assert torch.equal(specific(probability).flatten(), wanted)
 
 
 def test_strata_are_deciles_inside_a_layer() -> None:
@@ -88,7 +104,9 @@ def test_the_command_on_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFix
     answer = koff_prune(capsys, "analyze", out, "--specific", "0.2")
     assert answer.code == 0, answer.err
     found = json.loads((out / "analysis.json").read_text())
-    assert set(found["specialisation"]["odds"]) == {"koff", "fisher", "wanda", "random"}
+    assert set(found["specialisation"]["odds"]) == {"koff", "fisher", "curvature", "wanda", "random"}
+    others = found["specialisation"]["other_definitions"]
+    assert [(d["often"], d["fraction"]) for d in others] == [(0.95, 0.05), (0.5, 0.01), (0.5, 0.05)]
     report = json.loads((out / "report.json").read_text())
     koff = next(r for r in report["rows"] if r["method"] == "koff" and r["memory"] != "none")
     for domain, row in found["swaps"]["nats"].items():

@@ -167,6 +167,24 @@ def test_tests_are_paired_by_seed_and_corrected() -> None:
     assert {t["koff_is"] for t in tests} == {"better"}
 
 
+def test_koff_is_held_against_a_part_of_its_memories_too() -> None:
+    """A part alone that is better is told; no baseline's part, and no bare row, is a rival."""
+    found = seeds_of([0.04, 0.05, 0.06])
+    for seed, (_, rows) in enumerate(found):
+        rows.append(
+            {**row("koff", 2.2 - seed / 100, seed, memory="lora"), "learned_with": "lora", "plan": "l"}
+        )
+        rows.append(row("fisher", 2.2, seed, memory="lora"))
+        rows.append({**row("koff", 2.0, seed, memory="none"), "learned_with": "none", "plan": "n"})
+    summary = summarise(found)
+    tests = {test["against"]: test for test in summary["tests"]}
+    assert len(tests) == 3 and (lora := tests["koff, LoRA only"])["koff_is"] == "worse"
+    assert lora["leads"] == pytest.approx([-0.06, -0.06, -0.06])
+    assert any("koff is worse than koff, LoRA only" in sentence for sentence in summary["sentences"])
+    koff = next(r for r in summary["points"][0]["rows"] if r["label"] == "koff")
+    assert koff["nats"] == pytest.approx([2.26, 2.25, 2.24])
+
+
 def test_a_lead_that_one_side_alone_shows_is_not_shown() -> None:
     """t = 0.05 / (0.0265 / sqrt 3) = 3.27: one-sided p 0.041, two-sided 0.082."""
     found = seeds_of([0.02, 0.06, 0.07])
@@ -229,6 +247,19 @@ def test_a_sweep_refuses_every_target_at_once(tmp_path: Path, capsys: pytest.Cap
     answer = koff_prune(capsys, "compare", recipe, "--out", out, "--sparsity", "0.1,0.9")
     assert answer.code == 2 and "structure.sparsity 0.9: at most 0." in answer.err, answer.err
     assert not list(out.rglob("gates.safetensors")) and not list(out.rglob("checkpoints"))
+
+
+def test_a_sweep_refuses_every_budget_and_model_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = recipe_of(tmp_path), tmp_path / "sweep"
+    few = koff_prune(capsys, "compare", recipe, "--out", out, "--tokens", "512,4")
+    assert few.code == 2 and few.err.startswith("error: --tokens: of 4, learn.tokens: "), few.err
+    (tmp_path / "model").rename(tmp_path / "model0")
+    asked = ("--set", "model.source=model{seed}", "--seed", "0,1")
+    absent = koff_prune(capsys, "compare", recipe, "--out", tmp_path / "seeds", *asked)
+    assert absent.code == 2 and "model1; make it first" in absent.err, absent.err
+    assert not list(tmp_path.rglob("statistics.safetensors"))
 
 
 def test_a_sweep_that_was_moved_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
