@@ -16,7 +16,7 @@ from koff_prune.bundling import write_bundle
 from koff_prune.chat import tokens
 from koff_prune.compare import compare as _compare
 from koff_prune.learn import check_processes
-from koff_prune.needs import check_context, check_formats, check_steps, dry_plan
+from koff_prune.needs import check_context, check_formats, check_merge, check_steps, dry_plan
 from koff_prune.plan import even_plan
 from koff_prune.progress import say
 from koff_prune.quantise import check_installed
@@ -111,11 +111,7 @@ def export(
 ) -> Path:
     """Backbone and memories to bundle/, or with one memory merged to bundle-<domain>/."""
     with _open(recipe, out, resume) as run:
-        if merge is not None and run.recipe.memory.kind == "none":
-            raise KoffError(f"--merge {merge}: the recipe has no memories (`memory`); leave --merge out")
-        if merge is not None and merge not in run.recipe.domains:
-            known = ", ".join(run.recipe.domains)
-            raise KoffError(f"--merge {merge}: the recipe has no such domain; it has {known}")
+        check_merge(run.recipe, merge)
         _cut(run)
         with ranks.turn():
             return write_bundle(run, merge)

@@ -94,11 +94,14 @@ def _stage(
     resume: bool,
     overrides: list[str] | None,
     machine: Machine,
+    check: Callable[[Any], object] | None = None,
     **options: Any,
 ) -> Any:
     from koff_prune.reading import load_recipe
 
-    checked = load_recipe(recipe, overrides)  # the recipe's mistakes are told before torch is imported
+    checked = load_recipe(recipe, overrides)
+    if check is not None:  # mistakes of a recipe and of options about it are told before torch is imported
+        check(checked)
     quiet()
     from koff_prune import api, ranks
 
@@ -212,7 +215,10 @@ def export(
     ] = None,
 ) -> None:
     """Write the bundle."""
-    print(_stage("export", recipe, out, resume, set_, Machine(threads, device, shard), merge=merge))
+    from koff_prune.needs import check_merge
+
+    machine = Machine(threads, device, shard)
+    print(_stage("export", recipe, out, resume, set_, machine, lambda r: check_merge(r, merge), merge=merge))
 
 
 @app.command()
@@ -242,8 +248,10 @@ def compare(
         "seeds": _numbers("--seed", seed, int),
         "tokens": _numbers("--tokens", tokens, int),
     }
+    from koff_prune.points import points
+
     place = out or Path("runs") / f"{recipe.stem}-sweep"
-    found = _stage("sweep", recipe, place, resume, set_, machine, **lists)
+    found = _stage("sweep", recipe, place, resume, set_, machine, lambda r: points(r, **lists), **lists)
     for sentence in found["sentences"]:
         print(sentence)
     print(f"\nsweep: {place / 'sweep.html'}")

@@ -43,6 +43,7 @@ def use(name: str | None) -> None:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts
         reason = str(error).splitlines()[0][:160]
+        reason = "torch has no such kind of device" if reason.startswith("Expected one of") else reason
         raise KoffError(f"--device: {name!r} cannot be used here ({reason}); name another, or cpu") from error
     _State.device = device
 

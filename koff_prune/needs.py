@@ -68,6 +68,19 @@ def check_steps(learn: Learn, batches: int) -> None:
             )
 
 
+def check_merge(recipe: Recipe, merge: str | None) -> None:
+    """Whether there is such a memory to bake in.
+
+    Raises:
+        KoffError: There is not.
+    """
+    if merge is not None and recipe.memory.kind == "none":
+        raise KoffError(f"--merge {merge}: the recipe has no memories (`memory`); leave --merge out")
+    if merge is not None and merge not in recipe.domains:
+        known = ", ".join(recipe.domains)
+        raise KoffError(f"--merge {merge}: the recipe has no such domain; it has {known}")
+
+
 def check_formats(recipe: Recipe, config: Mapping[str, Any]) -> None:
     """Whether the formats that are asked for can hold the model.
 

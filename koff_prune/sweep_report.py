@@ -38,7 +38,7 @@ from koff_prune.verdict import (
 )
 
 if TYPE_CHECKING:
-    from koff_prune.sweep import Point
+    from koff_prune.points import Point
 
 SIGNIFICANT = 0.05
 

@@ -330,6 +330,23 @@ def test_help_needs_neither_torch_nor_a_second() -> None:
         assert time.monotonic() - begun < 5  # under a second on an idle machine
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [("compare RECIPE --sparsity 12", "12.0 is out of range"), ("export RECIPE --merge x", "no such domain")],
+)
+def test_options_about_a_recipe_are_checked_before_torch_is_imported(
+    place: Path, command: str, says: str
+) -> None:
+    code = (
+        "import sys\nfrom koff_prune.cli import main\n"
+        "try: main()\nexcept SystemExit as end: code = end.code\n"
+        "assert code == 2 and 'torch' not in sys.modules"
+    )
+    arguments = command.replace("RECIPE", str(place / "recipe.yaml")).split()
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0 and says in done.stderr, done.stderr
+
+
 def test_an_interruption_while_it_is_imported_is_one_word() -> None:
     code = (  # what a shell starts with & ignores SIGINT
         "import builtins, os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -17,7 +17,8 @@ from text_helpers import save_tiny_model
 
 from koff_export.errors import KoffError
 from koff_export.files import read_json
-from koff_prune.sweep import Point, points, share
+from koff_prune.points import Point, points
+from koff_prune.sweep import share
 from koff_prune.sweep_report import markdown, summarise, write_sweep
 from koff_prune.tensor_file import load_tensors, save_tensors
 
