@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import yaml
 
 from koff_export.bundle import Manifest
 from koff_export.errors import KoffError
 from koff_export.files import read_json, write_json
 from koff_prune.bundling import MEMORY_LEARN
+from koff_prune.formats import lora_slots
 from koff_prune.memory import memory_of_folder
 from koff_prune.needs import check_context, steps_of
+from koff_prune.numerics import CHECKED
+from koff_prune.progress import say
 from koff_prune.reading import load_recipe, read_yaml
 from koff_prune.recipe import Domain, Recipe
 
@@ -116,10 +120,43 @@ def in_words_of_add(name: str) -> Iterator[None]:
         raise KoffError(told) from error
 
 
-def same_work(work: Path, recipe: Recipe) -> None:
-    """What an interrupted training left is gone on with where it is of the same recipe, else dropped."""
-    stamp = work / "recipe.json"
-    if stamp.exists() and read_json(stamp).get("recipe") != recipe.digest():
+def same_work(work: Path, recipe: Recipe, text: str) -> None:
+    """What an interrupted training left is gone on with if it is of the same recipe and text, else dropped.
+
+    Args:
+        work: Its folder.
+        recipe: Of this training.
+        text: Digest of its tokens: the files that the recipe names may have changed.
+    """
+    stamp, mine = work / "recipe.json", {"recipe": recipe.digest(), "text": text}
+    if stamp.exists() and read_json(stamp) != mine:
+        say("an interrupted training of another recipe or text is dropped")
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
-    write_json(stamp, {"recipe": recipe.digest()})
+    write_json(stamp, mine)
+
+
+def check_length(manifest: Manifest, name: str, kv_tokens: int) -> None:
+    """Before anything is trained or replaced: a cache that leaves no room for text is no memory."""
+    if manifest.context is not None and kv_tokens + CHECKED > manifest.context:
+        raise KoffError(
+            f"memory '{name}': a cache of {kv_tokens} leaves no room for {CHECKED} tokens of text in"
+            f" {manifest.context} positions; lower memory.kv.tokens, or compose fewer"
+        )
+
+
+def check_slots(manifest: Manifest, name: str, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Before anything is trained or replaced: the graph takes LoRA where it was exported with slots."""
+    if manifest.graph is None:
+        return
+    end = ".lora_A.weight"
+    slots = {i.removesuffix(end) for i in manifest.graph.inputs if i.endswith(end)}
+    if missing := lora_slots(tensors.get("lora", {})).keys() - slots:
+        lacking, there = (
+            ", ".join(sorted({m.rpartition(".")[2] for m in some})) for some in (missing, slots)
+        )
+        raise KoffError(
+            f"memory '{name}': the bundle's ONNX graph has no slots for a LoRA around {lacking}; "
+            + (f"set memory.lora.target=[{there}]" if there else "set memory.lora=none")
+            + ", or export the bundle again with a memory that has it"
+        )

@@ -22,6 +22,7 @@ KINDS: tuple[UnitKind, ...] = ("ffn_neurons", "kv_groups")
 # Model types whose units are known. The tests cut and reload tiny models of each proven one.
 PROVEN = ("llama", "qwen2", "qwen3", "gemma3_text")
 EXPECTED = ("mistral",)
+DIVISOR_HEADS = ("llama", "gemma3_text")  # transformers refuses a head count that does not divide hidden_size
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "vocab_size")  # fmt: skip
 _MOST_UNITS = 10**8  # neurons of all layers: a config.json that says more is damaged
@@ -183,7 +184,7 @@ def units_of_config(config: Mapping[str, Any]) -> Units:
         parameters=layers * block + hidden + config["vocab_size"] * hidden * (1 if tied else 2),
         block_parameters=layers * block,
         hidden_size=hidden,
-        divisor_heads=kind == "llama",
+        divisor_heads=kind in DIVISOR_HEADS,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from koff_export.bundle import Manifest
 from koff_export.errors import KoffError
 from koff_prune.memory import Memories, load_memory, memory_of_folder
 from koff_prune.recipe import Memory
@@ -28,6 +29,25 @@ def attach_memory(model: PreTrainedModel, path: str | Path) -> Memories:
     """
     path = Path(path)
     return attach(model, path.name, load_memory(path), memory_of_folder(path))
+
+
+def saved_memory(
+    bundle: Path, manifest: Manifest, name: str
+) -> tuple[dict[str, dict[str, torch.Tensor]], Memory]:
+    """The tensors and the section of a bundle's own memory, whole as its manifest tells it.
+
+    Raises:
+        KoffError: A part is missing, as of a copy that was stopped, or damaged.
+    """
+    folder, told = bundle / "memories" / name, manifest.domains[name]
+    tensors, memory = load_memory(folder), memory_of_folder(folder)
+    rank, length = memory.lora.rank if memory.lora else 0, memory.kv.tokens if memory.kv else 0
+    if (rank, length) != (told.lora_rank, told.kv_tokens):
+        raise KoffError(
+            f"{folder}: has a LoRA of rank {rank} and a cache of {length}, and koff.json tells of"
+            f" {told.lora_rank} and {told.kv_tokens}; fetch the memory again"
+        )
+    return tensors, memory
 
 
 def attach(

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 from koff_export import genai
@@ -22,7 +21,7 @@ from koff_export.bundle import Domain as Told
 from koff_export.bundle import Manifest, check_file, open_manifest, set_domain
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors, fsync_path, recover_below, staged_dir
-from koff_prune.adding import in_words_of_add, recipe_of, same_work
+from koff_prune.adding import check_length, check_slots, in_words_of_add, recipe_of, same_work
 from koff_prune.attach import attach, attach_memory
 from koff_prune.bundle_places import ADDING, beside, check_places, shipped, unlisted
 from koff_prune.bundling import MEMORY_LEARN, compose_saved
@@ -31,12 +30,12 @@ from koff_prune.cut import load_backbone
 from koff_prune.device import on_device
 from koff_prune.domains import load_domain
 from koff_prune.evaluate import mean_nats, window_losses
-from koff_prune.formats import lora_slots, tell_memory, write_gguf_memory, write_onnx_memory
+from koff_prune.formats import tell_memory, write_gguf_memory, write_onnx_memory
 from koff_prune.learn import Phase, spends, train
 from koff_prune.lock import alone
 from koff_prune.memory import Memories, load_memory, save_memory
 from koff_prune.needs import steps_of
-from koff_prune.numerics import CHECKED, TOLERANCE, numerics
+from koff_prune.numerics import TOLERANCE, numerics
 from koff_prune.packing import extract, pack
 from koff_prune.progress import bar, say
 from koff_prune.weights import Weights, has_weights
@@ -107,8 +106,8 @@ def add_memory(
             blocks = load_domain(name, recipe.domains[name], tokenizer, recipe, bos=manifest.bos)
         model = on_device(load_backbone(bundle))
         memories = Memories(model, recipe.memory, {name: blocks.prefill}, recipe.seed)
-        _check_slots(manifest, name, memories.tensors(name))
-        same_work(work, recipe)
+        check_slots(manifest, name, memories.tensors(name))
+        same_work(work, recipe, blocks.digest)
         learn = recipe.learn
         with bar(f"training {name}", steps_of(tokens, learn, 1) * learn.window * learn.batch) as progress:
             train(
@@ -161,11 +160,11 @@ def compose_memory(
     with _changing(bundle):
         manifest = open_manifest(bundle)  # as it is by now
         _check_name(bundle, manifest, name, replace)
-        _check_length(manifest, name, sum(_told(bundle, manifest, part).kv_tokens for part in of))
+        check_length(manifest, name, sum(_told(bundle, manifest, part).kv_tokens for part in of))
         place = bundle / _COMPOSED
         weights = weights or equal_weights([_told(bundle, manifest, part).lora_rank > 0 for part in of])
         try:
-            tensors, memory = compose_saved(load_backbone(bundle), bundle, of, weights)
+            tensors, memory = compose_saved(load_backbone(bundle), bundle, manifest, of, weights)
             with staged_dir(place) as aside:
                 save_memory(aside, tensors, memory, str(manifest.model.get("source", "")))
             more = {"composed": {"of": of, "weights": weights}}
@@ -175,7 +174,7 @@ def compose_memory(
 
 
 def remove_memory(bundle: Path, name: str) -> None:
-    """Takes a memory out of a bundle: first its entry, then its files; and what an addition left half-made.
+    """Takes a memory out of a bundle, first its entry, then its files; or what an addition left half-made.
 
     Raises:
         KoffError: No such memory.
@@ -186,7 +185,10 @@ def remove_memory(bundle: Path, name: str) -> None:
         work = bundle / f"{ADDING}{name}"
         begun = work.is_dir()
         shutil.rmtree(work, ignore_errors=True)
-        if name not in unlisted(bundle, manifest) and (name in manifest.domains or not begun):
+        if begun and name in manifest.domains:
+            say(f"{name}: its unfinished replacement is gone, and it is as it was; once more removes it too")
+            return
+        if name not in unlisted(bundle, manifest) and not begun:
             _told(bundle, manifest, name)
             set_domain(bundle, name, None)
         shutil.rmtree(bundle / "memories" / name, ignore_errors=True)
@@ -272,39 +274,14 @@ def _check_name(bundle: Path, manifest: Manifest, name: str, replace: bool) -> N
         raise KoffError(f"memory '{name}': {bundle} has it already; name another, or use --replace")
 
 
-def _check_length(manifest: Manifest, name: str, kv_tokens: int) -> None:
-    """Before anything is trained or replaced: a cache that leaves no room for text is no memory."""
-    if manifest.context is not None and kv_tokens + CHECKED > manifest.context:
-        raise KoffError(
-            f"memory '{name}': a cache of {kv_tokens} leaves no room for {CHECKED} tokens of text in"
-            f" {manifest.context} positions; lower memory.kv.tokens, or compose fewer"
-        )
-
-
-def _check_slots(manifest: Manifest, name: str, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Before anything is trained or replaced: the graph takes LoRA where it was exported with slots."""
-    if manifest.graph is None:
-        return
-    end = ".lora_A.weight"
-    slots = {i.removesuffix(end) for i in manifest.graph.inputs if i.endswith(end)}
-    if missing := lora_slots(tensors.get("lora", {})).keys() - slots:
-        lacking, there = (
-            ", ".join(sorted({m.rpartition(".")[2] for m in some})) for some in (missing, slots)
-        )
-        raise KoffError(
-            f"memory '{name}': the bundle's ONNX graph has no slots for a LoRA around {lacking}; "
-            + (f"set memory.lora.target=[{there}]" if there else "set memory.lora=none")
-            + ", or export the bundle again with a memory that has it"
-        )
-
-
 def _publish(
     bundle: Path, manifest: Manifest, name: str, source: Path, more: dict[str, Any]
 ) -> dict[str, Any]:
     """Moves a memory's files into the bundle and enters it; one that ONNX disagrees with changes nothing."""
     formats = [f for f, there in (("onnx", manifest.graph), ("gguf", manifest.gguf)) if there]
     told = {**tell_memory(source, name, formats), **more}
-    _check_slots(manifest, name, load_memory(source))
+    check_length(manifest, name, told["kv_tokens"])
+    check_slots(manifest, name, load_memory(source))
     try:
         json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:

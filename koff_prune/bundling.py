@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 import koff_prune
-from koff_export.bundle import check_files, open_manifest, write_manifest
+from koff_export.bundle import Manifest, check_files, open_manifest, write_manifest
 from koff_export.errors import KoffError
 from koff_export.files import read_json, sha256_file, staged_dir
 from koff_export.genai import write_genai_config
 from koff_export.hub import FOR_TORCH, local
-from koff_prune.attach import attach, attach_memory
+from koff_prune.attach import attach, attach_memory, saved_memory
 from koff_prune.bundle_places import ADDING, shipped, unlisted
 from koff_prune.card import card
 from koff_prune.chat import tokens
@@ -215,19 +215,22 @@ def load_bundle(
             )
     model = load_backbone(folder, dtype)
     if len(names) == 1 and weights is None:
-        attached = attach_memory(model, folder / "memories" / names[0])
+        attached = attach(model, names[0], *saved_memory(folder, manifest, names[0]))
     else:
-        attached = attach(model, memory, *compose_saved(model, folder, names, weights))
+        attached = attach(model, memory, *compose_saved(model, folder, manifest, names, weights))
     attached.base.__dict__["koff_memories"] = attached  # keeps the KV alive with the model
     return attached.base
 
 
 def compose_saved(
-    model: PreTrainedModel, folder: Path, names: Sequence[str], weights: Sequence[float] | None
+    model: PreTrainedModel,
+    folder: Path,
+    manifest: Manifest,
+    names: Sequence[str],
+    weights: Sequence[float] | None,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], Memory]:
     """`compose` of a bundle's own memories."""
-    places = [folder / "memories" / name for name in names]
-    return compose(model, [(load_memory(place), memory_of_folder(place)) for place in places], weights)
+    return compose(model, [saved_memory(folder, manifest, name) for name in names], weights)
 
 
 def verify(folder: str | Path) -> dict[str, Any]:

@@ -20,8 +20,7 @@ as PEFT wrapped it, so that LoRA sees the gated input too. Three forms behind on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -177,6 +176,11 @@ class Gates(nn.Module):
         self.squares = self.squares.to(device)
         return self.squares
 
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """Of the step's draw, [gated units]: what re-estimated gates learn from; None before the way back."""
+        return None if self._drawn is None else self._drawn[1].grad
+
     @torch.no_grad()
     def share(self) -> None:
         """Brings together what several processes found in the step, before `observe`."""
@@ -210,7 +214,7 @@ class Gates(nn.Module):
         the closed units, and is pooled with that of the scoring text by tokens; the start grows with it.
 
         Args:
-            tokens: That the step's gradient is a mean over.
+            tokens: That the step's gradient is a mean over; what is read and not learned is none.
         """
         z = self._drawn[1] if self._drawn is not None else None
         if self.prior_tokens is None or z is None or z.grad is None:
@@ -296,7 +300,7 @@ class Gates(nn.Module):
 
 
 class _Gate(torch.autograd.Function):
-    """x * z, whose way back adds to `into`, for every unit: sum over tokens of (dL/dz by that token)^2.
+    """x * z, whose way back adds to `into`, for every unit: `scale` * sum over tokens of (dL/dz by it)^2.
 
     z is 0 or 1. What is open stands in the product, which the LoRA behind keeps as well; of x itself only the
     closed channels are kept, or the gates would keep another copy of every layer's activations.
@@ -304,24 +308,24 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, z: torch.Tensor, closed: torch.Tensor, into: torch.Tensor
+        ctx: Any, x: torch.Tensor, z: torch.Tensor, closed: torch.Tensor, into: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """X [..., channels] in any dtype, z float32 [channels], closed int64: where z is 0, into [units]."""
         gated = x * z.to(x.dtype)
         ctx.save_for_backward(gated, x[..., closed], closed, z)
-        ctx.into = into
+        ctx.into, ctx.scale = into, scale
         return gated
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         """Gradients of x and z."""
         gated, behind, closed, z = ctx.saved_tensors
         parts = grads[0] * gated
         parts[..., closed] = grads[0][..., closed] * behind
         parts = parts.reshape(-1, len(z)).float()
         by_unit = parts if len(z) == len(ctx.into) else parts.view(len(parts), len(ctx.into), -1).sum(2)
-        ctx.into += by_unit.square().sum(0)
-        return grads[0] * z.to(gated.dtype), parts.sum(0), None, None
+        ctx.into += by_unit.square().sum(0) * ctx.scale
+        return grads[0] * z.to(gated.dtype), parts.sum(0), None, None, None
 
 
 class GateHooks:
@@ -336,6 +340,7 @@ class GateHooks:
         self.closed: dict[tuple[int, UnitKind], torch.Tensor] = {}  # channels, of the step's draw
         self._draw: torch.Tensor | None = None  # that `closed` is of
         self.squares: dict[tuple[int, UnitKind], torch.Tensor] = {}
+        self.scale = 1.0  # of the squares: a mean over fewer tokens has larger gradients by token
         self._handles = []
         for i, layer in enumerate(decoder_layers(model)):
             self._handles.append(layer.mlp.down_proj.register_forward_pre_hook(self._hook(i, "ffn_neurons")))
@@ -350,7 +355,7 @@ class GateHooks:
             x, into = args[0], self.squares.get((layer, kind))
             if into is None:
                 return (x * z.to(x.dtype), *args[1:])
-            return (_Gate.apply(x, z, self.closed[(layer, kind)], into), *args[1:])
+            return (_Gate.apply(x, z, self.closed[(layer, kind)], into, self.scale), *args[1:])
 
         return gate
 
@@ -370,15 +375,6 @@ class GateHooks:
                 if new:  # looked up where the draw is, once a step: a pass must not wait for its device
                     shut = _spread(z.detach()[a:b] == 0, channels).nonzero().squeeze(1)
                     self.closed[(i, kind)] = shut.to(self.device)
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Gates open for the length of a block."""
-        z, self.z = self.z, {}
-        try:
-            yield
-        finally:
-            self.z = z
 
     def remove(self) -> None:
         """Takes the hooks off."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,17 @@ class _StepCallback(TrainerCallback):
     def target(self, step: int) -> float:
         return self.sparsity * min(1.0, (step + 1) / self.ramp) if self.ramp else self.sparsity
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.save_steps = args.save_steps  # Trainer goes on with the checkpoint's own
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learner.begin_step(state.global_step, self.target(state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.learner.gates is not None:
             self.learner.gates.share()
-            self.learner.gates.observe(self.step_tokens)
+            said, read = self.learner.said, self.learner.read
+            self.learner.gates.observe(self.step_tokens * said // max(1, read))
         self.interruption.asked = ranks.any_of(self.interruption.asked)
         if self.interruption.asked:
             control.should_save = control.should_training_stop = True
@@ -129,15 +133,23 @@ class LearnTrainer(Trainer):
                 if p.grad is None:  # every batch that it could learn from was skipped
                     p.grad = torch.zeros_like(p)
             ranks.share_mean(p.grad for p in learned if p.grad is not None)
-            if self.learner.skips and not all(
-                torch.isfinite(p.grad).all() for p in learned if p.grad is not None
-            ):
+            if not self._finite(learned):
                 self.learner.not_finite(f"a gradient is not finite at step {self.learner.step + 1}")
                 for p in learned:
                     p.grad = torch.zeros_like(p)
                 if self.learner.gates is not None:
                     self.learner.gates.discard()
         return loss
+
+    def _finite(self, learned: Sequence[torch.nn.Parameter]) -> bool:
+        """Whether every gradient is: one that is not would be in every parameter after the next step."""
+        gradients = [p.grad for p in learned]
+        gradients += [self.learner.gates.gradient] if self.learner.gates is not None else []
+        flags: dict[torch.device, list[torch.Tensor]] = {}
+        for gradient in gradients:
+            if gradient is not None:
+                flags.setdefault(gradient.device, []).append(torch.isfinite(gradient).all())
+        return not ranks.any_of(not all(bool(torch.stack(those).all()) for those in flags.values()))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW with a group for each kind of parameter; the multipliers ascend."""
@@ -311,6 +323,9 @@ def train(
     _quiet(trainer)
     memories.activate(None)
     learner.train()
+    for module in memories.base.modules():  # train mode is gradient checkpointing's; the model is frozen
+        if getattr(module, "attention_dropout", 0.0):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - to mypy it may be a tensor
     with ranks.turn():
         newest = newest_checkpoint(folder)
     try:

@@ -50,12 +50,13 @@ class Learner(nn.Module):
         if gates is not None and compensation is not None and gates.form != "hard_concrete":
             self.predictions = PredictionHooks(memories.model, compensation)
         self.step = 0
+        self.said = self.read = 0  # predicted tokens of the step in all processes: learned, and all
         self.skips = learn.non_finite == "skip"
         self.skipped, self.last_skipped = 0, -2  # in a row, and the step of the last
 
     def begin_step(self, step: int, target: float) -> None:
         """Draws the step's mask, and solves its prediction where the mask changed."""
-        self.step = step
+        self.step, self.said, self.read = step, 0, 0
         if self.gates is None:
             return
         self.gates.advance(step, target)
@@ -74,12 +75,15 @@ class Learner(nn.Module):
         input_ids, labels = tokens_and_labels(input_ids.to(memories.device))
         labels = labels[:, 1:].reshape(-1)
         said = labels != IGNORED
+        count, all_said, all_read = int(said.sum()), ranks.sum_of(int(said.sum())), len(said) * ranks.world()
+        self.said, self.read = self.said + all_said, self.read + all_read
         teacher = None
         if self.loss.kl > 0 and self.gates is not None:  # a model that was cut is no teacher
             teacher = self._dense(hidden, input_ids)
         memories.activate(name)
         if self.gates is not None and self.hooks is not None:
             self.hooks.set(self.gates, self.gates.draw())
+            self.hooks.scale = (all_said / all_read) ** 2
             if self.predictions is not None:
                 self.predictions.z = self.hooks.z
         with memories.autocast():
@@ -88,9 +92,10 @@ class Learner(nn.Module):
         if not said.all():
             out, labels = out[said], labels[said]
             teacher = teacher[said] if teacher is not None else None
-        share = ranks.share_of(int(said.sum()))
+        share = count * ranks.world() / max(1, all_said)  # so that a token weighs the same everywhere
         parts = {"ce": self.loss.ce, "kl": self.loss.kl} if teacher is not None else {"ce": 1.0, "kl": 0.0}
-        loss = head_loss(out, head, labels, teacher, **parts) * share  # a token weighs the same everywhere
+        cap = getattr(memories.base.config, "final_logit_softcapping", None)
+        loss = head_loss(out, head, labels, teacher, **parts, cap=cap) * share
         finite = math.isfinite(value := float(loss.detach()))
         if ranks.sharded() and self.skips:  # the backward pass needs all: they skip together
             finite = not ranks.any_of(not finite)

@@ -24,23 +24,28 @@ class _HeadLoss(torch.autograd.Function):
         teacher: torch.Tensor | None,
         ce: float,
         kl: float,
+        cap: float | None,
     ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
         chunk = logit_rows(len(head), hidden.device.type, teacher is not None)
         for at in range(0, len(hidden), chunk):
             rows = slice(at, at + chunk)
-            log_p = functional.log_softmax(hidden[rows] @ head.T, dim=-1, dtype=torch.float32)
+            logits = _capped(hidden[rows] @ head.T, cap)
+            log_p = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
             total += ce * functional.nll_loss(log_p, labels[rows], reduction="sum")
             q = None
             if teacher is not None:
-                log_q = functional.log_softmax(teacher[rows] @ head.T, dim=-1, dtype=torch.float32)
+                there = _capped(teacher[rows] @ head.T, cap)
+                log_q = functional.log_softmax(there, dim=-1, dtype=torch.float32)
                 q = log_q.exp()
                 total += kl * log_q.sub_(log_p).mul_(q).sum()
                 del log_q
             d = log_p.exp_()
             d = d.mul_(ce) if q is None else d.mul_(ce + kl).sub_(q, alpha=kl)
             d[torch.arange(len(d), device=d.device), labels[rows]] -= ce
+            if cap is not None:
+                d.mul_(1 - (logits.float() / cap).square())
             gradient[rows] = d.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
         ctx.count = len(hidden)
@@ -49,7 +54,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * (grads[0] / ctx.count).to(gradient.dtype), None, None, None, None, None
+        return gradient * (grads[0] / ctx.count).to(gradient.dtype), None, None, None, None, None, None
+
+
+def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def head_loss(
@@ -60,6 +69,7 @@ def head_loss(
     *,
     ce: float = 1.0,
     kl: float = 0.0,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Ce * cross-entropy + kl * KL(teacher || model), mean nats per token.
 
@@ -70,12 +80,13 @@ def head_loss(
         teacher: The teacher's last hidden states [tokens, hidden]; needed where kl > 0.
         ce: Weight of the cross-entropy.
         kl: Weight of the divergence.
+        cap: Logits are cap * tanh(logits / cap) (Gemma 2, Riviere et al. 2024, section 2); None: as they are.
 
     Returns:
         float32 scalar.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         result: torch.Tensor = _HeadLoss.apply(
-            hidden.to(head.dtype), head, labels, teacher if kl > 0 else None, ce, kl
+            hidden.to(head.dtype), head, labels, teacher if kl > 0 else None, ce, kl, cap
         )
     return result

@@ -302,6 +302,11 @@ def _same_shapes(what: str, have: Mapping[str, torch.Tensor], given: Mapping[str
             )
 
 
+# keys of PEFT's config by which the same two matrices mean something else
+_NOT_PLAIN = (
+    "use_rslora", "use_dora", "use_qalora", "alpha_pattern", "rank_pattern", "layers_to_transform",
+    "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
 MEMORY_FILES = {"lora": "adapter_model.safetensors", "kv": "kv.safetensors"}
 
 
@@ -347,14 +352,18 @@ def memory_of_folder(folder: Path) -> Memory:
     """The recipe section that describes a saved memory.
 
     Raises:
-        KoffError: Damaged files.
+        KoffError: Damaged files, half a LoRA, or one of a kind that would be read as another.
     """
     from koff_prune.recipe import Kv
 
     lora = kv = None
     file = folder / "adapter_config.json"
+    if file.exists() != (folder / MEMORY_FILES["lora"]).exists():
+        raise KoffError(f"{folder}: {file.name} or {MEMORY_FILES['lora']} is missing; fetch the memory again")
     if file.exists():
         config = read_json(file)
+        if isinstance(config, dict) and (odd := [key for key in _NOT_PLAIN if config.get(key)]):
+            raise KoffError(f"{file}: has {odd[0]}, and a memory is a plain LoRA; train one without it")
         try:
             targets = sorted(config["target_modules"])
             lora = Lora(rank=config["r"], alpha=config["lora_alpha"], target=targets)
@@ -362,8 +371,11 @@ def memory_of_folder(folder: Path) -> Memory:
             raise KoffError(f"{file}: is no LoRA that koff-prune wrote; fetch the memory again") from error
     if (folder / MEMORY_FILES["kv"]).exists():
         check_safetensors(folder / MEMORY_FILES["kv"])
-        tensors = load_file(folder / MEMORY_FILES["kv"])
-        kv = Kv(tokens=KvMemory.from_tensors(tensors).tokens)
+        length = KvMemory.from_tensors(load_file(folder / MEMORY_FILES["kv"])).tokens
+        try:
+            kv = Kv(tokens=length)
+        except ValueError as error:
+            raise KoffError(f"{folder}: its cache has {length} positions, which none has") from error
     return Memory(lora=lora, kv=kv)
 
 

@@ -52,7 +52,7 @@ def extract(packed: Path, into: Path) -> dict[str, Any]:
                         target.write(piece)
                 if seen.hexdigest() != contents["files"][file]["sha256"]:
                     raise KoffError(f"{packed}: {file} has another sha256 than it says; fetch it again")
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, RuntimeError) as error:
         raise KoffError(f"{packed}: cannot be read as a packed memory ({error})") from error
     return dict(contents)
 

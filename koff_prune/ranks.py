@@ -165,13 +165,13 @@ def any_of(answer: bool) -> bool:
     return bool(told)
 
 
-def share_of(count: int) -> float:
-    """What this process has of a mean process's tokens: 1 where all have `count`."""
+def sum_of(count: int) -> int:
+    """The sum of every process's count."""
     if _State.world == 1:
-        return 1.0
+        return count
     total = torch.tensor([count])
     distributed.all_reduce(total)
-    return count * _State.world / max(1, int(total))
+    return int(total)
 
 
 def share_mean(tensors: Iterable[torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from koff_export.bundle import open_manifest
 from koff_export.router import Choice, choose
-from koff_prune.attach import attach_memory
+from koff_prune.attach import attach, saved_memory
 from koff_prune.cut import load_backbone
 from koff_prune.evaluate import window_losses
 from koff_prune.memory import Memories
@@ -44,19 +44,26 @@ class Router:
         return self.choose_tokens(ids)
 
     def choose_tokens(self, tokens: list[int]) -> Choice:
-        """As `choose`, of token ids; a single one gets no memory."""
+        """As `choose`, of token ids; a single one gets no memory, and none is picked that leaves no room."""
         if len(tokens) < 2:
             return Choice(None)
         window = torch.tensor([tokens])
+        merged, context = self.manifest.merged, self.manifest.context
 
         def loss(name: str | None) -> float:
+            name = name or (merged if merged in self.manifest.domains else None)  # what is left of it: the KV
             if name is None:
                 attached = Memories(self.model, Memory(lora=None, kv=None), {}, 0)
             else:
-                attached = attach_memory(self.model, self.folder / "memories" / name)
+                attached = attach(self.model, name, *saved_memory(self.folder, self.manifest, name))
             try:
                 return window_losses(attached, window, name)[0]
             finally:
                 self.model = attached.unwrap()
 
-        return choose(self.manifest.domains, loss)
+        fitting = [
+            name
+            for name, told in self.manifest.domains.items()
+            if context is None or len(tokens) + told.kv_tokens < context
+        ]
+        return choose([] if merged else fitting, loss)

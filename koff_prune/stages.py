@@ -134,7 +134,7 @@ def learn_arm(run: Run, arm: Arm, folder: Path) -> None:
     learn = recipe.learn.model_copy(update={"gates": gates_section})
     gates_section = gates_section.model_copy(update={"start": start_of(arm)})
     start, prior, information = _start(run, gates_section)
-    scored = sum(b.scoring.numel() for b in run.domains.values())
+    scored = sum(int((b.scoring >= 0).sum()) for b in run.domains.values())  # not what is read alone
     gates = Gates(
         run.units, recipe.structure, gates_section.form, start, recipe.seed, prior, scored, information
     )

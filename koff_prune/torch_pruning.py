@@ -77,8 +77,11 @@ class LearnedImportance(tp.importance.Importance):
         """float32 [units named by the group's root], higher means keep.
 
         Raises:
-            KoffError: The group is not rooted at a feed-forward block's gate_proj or up_proj.
+            KoffError: The group is not rooted at a feed-forward block's gate_proj or up_proj, or the run
+                learned no gates of neurons.
         """
+        if not self._scores["ffn_neurons"]:
+            raise KoffError("importance: the run learned no gates of ffn_neurons; give units=['kv_groups']")
         layer = self._of_ffn.get(id(group[0][0].target.module))
         if layer is None:
             raise KoffError(

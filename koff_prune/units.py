@@ -20,8 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from koff_export.errors import KoffError
+from koff_prune.architecture import DIVISOR_HEADS, LayerUnits
 from koff_prune.architecture import KINDS as KINDS
-from koff_prune.architecture import LayerUnits
 from koff_prune.architecture import UnitKind as UnitKind
 from koff_prune.architecture import Units as Units
 
@@ -134,7 +134,7 @@ def read_units(model: PreTrainedModel) -> Units:
         parameters=_unique_parameters([model]),
         block_parameters=_unique_parameters(layers),
         hidden_size=model.config.hidden_size,
-        divisor_heads=model.config.model_type == "llama",
+        divisor_heads=model.config.model_type in DIVISOR_HEADS,
     )
 
 

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -25,6 +26,7 @@ FAMILIES: dict[str, type[PretrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "gemma3": Gemma3TextConfig,
+    "mistral": MistralConfig,
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 258,
@@ -50,6 +52,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3-tied-mha-biases": ("qwen3", {**TIED, **MHA, "attention_bias": True}),
     "gemma3-tied": ("gemma3", {**TIED, **SLIDING, "query_pre_attn_scalar": 8}),
+    "gemma3-mha": ("gemma3", {**MHA, **SLIDING, "query_pre_attn_scalar": 8}),
 }
 
 

@@ -25,10 +25,11 @@ from koff_export.errors import KoffError
 from koff_export.files import sha256_file
 from koff_export.runtime import Runtime
 from koff_export.ship import ship
-from koff_prune import load_bundle
+from koff_prune import attach_memory, load_backbone, load_bundle
 from koff_prune.learn import LearnTrainer
 from koff_prune.lock import alone
 from koff_prune.packing import PACKED
+from koff_prune.router import Router
 
 KEYS = ("learn.window=16", "learn.batch=2", "learn.checkpoint_steps=4", "learn.rates.lora=0.05",
         "learn.rates.kv=0.2", "evaluate.tokens=64", "scoring.tokens=64", "scoring.window=16")  # fmt: skip
@@ -157,6 +158,56 @@ def test_an_interrupted_addition_goes_on(
     assert add(capsys, place, twin).code == 0
     for file in ("kv.safetensors", "adapter_model.safetensors"):
         assert sha256_file(bundle / "memories/sea" / file) == sha256_file(twin / "memories/sea" / file)
+
+
+def test_an_addition_whose_text_was_changed_begins_anew(
+    place: Path, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command and its paths are the same; what was trained on the old text is not the new memory."""
+    data = bundle.with_name("data")
+    shutil.copytree(place / "sea", data)
+    command = ("memory", "add", bundle, "--name", "sea", "--data", data, *SETTINGS)
+
+    def fails(*_: object) -> None:
+        raise KoffError("after the training")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("koff_prune.bundle_memories._publish", fails)
+        assert koff_prune(capsys, *command).code == 2
+    for file in data.iterdir():
+        file.write_text(file.read_text()[::-1])
+    twin = bundle.with_name("twin")
+    shutil.copytree(bundle, twin, ignore=shutil.ignore_patterns(".adding-*"))
+    again = koff_prune(capsys, *command)
+    assert again.code == 0 and "of another recipe or text is dropped" in again.err, again.err
+    assert koff_prune(capsys, *(twin if part is bundle else part for part in command)).code == 0
+    kv = "memories/sea/kv.safetensors"
+    assert sha256_file(bundle / kv) == sha256_file(twin / kv)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("adapter_config.json", "adapter_config.json or adapter_model.safetensors is missing"),
+        ("kv.safetensors", "a cache of 0, and koff.json tells of"),
+    ],
+)
+def test_half_a_memory_is_none(bundle: Path, file: str, says: str) -> None:
+    """As of a copy that was stopped."""
+    (bundle / "memories/law" / file).unlink()
+    for asked in ("law", "law+code"):
+        with pytest.raises(KoffError, match=says):
+            load_bundle(bundle, asked)
+    with pytest.raises(KoffError, match=says):
+        Router(bundle).choose_tokens([5, 6, 7])
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_rslora", True), ("alpha_pattern", {"q_proj": 32})])
+def test_a_lora_of_another_kind_is_not_read_as_a_plain_one(bundle: Path, key: str, value: Any) -> None:
+    file = bundle / "memories/law/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(KoffError, match=f"has {key}, and a memory is a plain LoRA"):
+        attach_memory(load_backbone(bundle), file.parent)
 
 
 def test_a_memory_learns_as_the_bundles_first_ones_did(
@@ -602,9 +653,12 @@ def test_what_was_unpacked_or_is_being_added_stays_too(
     assert not (run / "bundle" / ".adding-sea").exists()
     assert koff_prune(capsys, "memory", "unpack", packed, run / "bundle", "--replace").code == 0
     (run / "bundle" / ".adding-code").mkdir()  # as of a replacement that was stopped
+    dropped = koff_prune(capsys, "memory", "remove", run / "bundle", "code")
+    assert dropped.code == 0 and "it is as it was" in dropped.err
+    assert "code" in open_manifest(run / "bundle").domains
+    assert not (run / "bundle" / ".adding-code").exists(), "nothing of it is left"
     assert koff_prune(capsys, "memory", "remove", run / "bundle", "code").code == 0
     assert "code" not in open_manifest(run / "bundle").domains
-    assert not (run / "bundle" / ".adding-code").exists(), "nothing of it is left"
     refused = koff_prune(capsys, *export)
     assert refused.code == 2 and "law" in refused.err
 

@@ -59,9 +59,12 @@ def test_what_has_no_place_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
         assert not (tmp_path / "none").exists()
 
 
-def test_a_sliding_window_is_no_place_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_a_sliding_window_is_no_place_for_it(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Text longer than the window would see another memory."""
-    bundle = bundle_of(tmp_path, "gemma3", {"kv": {"tokens": 4}}, {"sparsity": 0.1, "round_to": 1})
+    bundle = bundle_of(tmp_path, family, {"kv": {"tokens": 4}}, {"sparsity": 0.1, "round_to": 1})
     answer = koff_prune(capsys, "memory", "cartridge", bundle, "law", "-o", tmp_path / "none")
     assert (answer.code, "sliding window" in answer.err) == (2, True), answer.err
     assert not (tmp_path / "none").exists()

@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from koff_prune.gates import BETA, EVERY, GAMMA, ZETA, GateHooks, Gates
+from koff_prune.learner import Learner
+from koff_prune.memory import Memories
 from koff_prune.plan import choose, removed_parameters
-from koff_prune.recipe import Structure
+from koff_prune.recipe import Learn, Memory, Structure
 from koff_prune.surgeon import MEND
 from koff_prune.units import KINDS, UnitKind, Units, read_units
 
@@ -214,6 +216,27 @@ def test_the_gates_way_back_sums_squares_by_token(units: Units, kind: str) -> No
         torch.testing.assert_close(z.grad[a:b], parts.sum(0), rtol=1e-4, atol=1e-4)
 
 
+def test_squares_of_a_chat_are_by_token_and_not_by_window() -> None:
+    """A token that is said counts once, however few of its window are."""
+    model = tiny_model()
+    units = read_units(model)
+    structure = Structure(units=["ffn_neurons"], sparsity=0.2, round_to=1)
+    gates = Gates(units, structure, "re_estimated", random_scores(units), 0, 100, 64)
+    memories = Memories(model, Memory(lora=None, kv=None), {"law": token_ids(5)}, 0)
+    learner = Learner(memories, gates, None, Learn(), GateHooks(model, units))
+    learner.begin_step(0, 0.2)
+    found = {}
+    for said in (64, 8):
+        gates.squares.zero_()
+        for seed in range(8):
+            window = token_ids(65, seed=seed)[None]
+            window[:, 1 : 65 - said] = -1 - window[:, 1 : 65 - said]
+            learner(window, torch.zeros(1, dtype=torch.long)).backward()
+        found[said] = float(gates.squares.mean())
+    assert 0.06 < found[8] / found[64] < 0.25, found
+    assert (learner.said, learner.read) == (8 * (64 + 8), 2 * 8 * 64)
+
+
 def test_a_pass_asks_nothing_whose_answer_its_size_depends_on(units: Units) -> None:
     """On a GPU every such question (which channels are closed?) is a wait for all that was asked before."""
 
@@ -297,7 +320,8 @@ def test_a_gate_multiplies_the_input_of_its_consumer_as_peft_wrapped_it(units: U
             assert (x[..., channels] == 0).all()
             assert (x[..., ~channels] != 0).any()
     # layer 0's attention sees the same input with gates off: there the gate is an exact factor
-    with torch.no_grad(), hooks.off():
+    hooks.z = {}
+    with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     factor = z[[a for i, kind, a, _ in gates.slots if (i, kind) == (0, "kv_groups")][0] :][
         :2

@@ -10,6 +10,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from gguf import GGUFReader
 from model_helpers import logits, memories_on, random_plan, tiny_config, tiny_model, token_ids
 from run_helpers import koff_prune, recipe_of
 from text_helpers import merging_tokenizer
@@ -179,12 +180,17 @@ def test_a_bundle_opens_in_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixtu
         tiny_config(num_hidden_layers=2, vocab_size=259, head_dim=16, hidden_size=64),
         export={"formats": ["safetensors", "gguf"], "gguf": {"type": "q8_0"}},
     )
-    merging_tokenizer().save_pretrained(tmp_path / "model")
+    tokenizer = merging_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
     answer = koff_prune(capsys, "export", recipe, "--out", tmp_path / "run")
     assert answer.code == 0 and "no learned KV: there, law, code are their LoRA alone" in answer.err
     bundle = tmp_path / "run" / "bundle"
     manifest = open_manifest(bundle)
     assert manifest.gguf is not None and manifest.gguf.architecture == "deci"
+    written = GGUFReader(bundle / manifest.gguf.model).fields
+    assert written["tokenizer.chat_template"].contents() == "{{ messages[0].content }}"
+    assert written["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"
     ids = merging_tokenizer()("the court shall hear")["input_ids"]
     bare = llama_cpp(bundle / manifest.gguf.model, None, ids)
     with torch.no_grad():

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_helpers import tiny_shape, token_ids
+from model_helpers import memories_on, tiny_model, tiny_shape, token_ids
+from safetensors.torch import load_file
 from test_learn import STEPS, TOKENS, WINDOWS, checksum, everything, section, start
 
+from koff_export.errors import KoffError
+from koff_prune.checkpoints import whole_checkpoints
 from koff_prune.compensate import Compensation
-from koff_prune.learn import LATE, LearnTrainer, Phase, train
+from koff_prune.learn import LATE, STATE, LearnTrainer, Phase, train
 from koff_prune.learner import Learner
 from koff_prune.scores import collect
+from koff_prune.seals import seal
 from koff_prune.units import KINDS, read_units
 
 
@@ -145,6 +153,67 @@ def test_the_target_ramps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         sparsity=0.3,
     )  # fmt: skip
     assert targets == pytest.approx([0.1, 0.2, 0.3, 0.3])
+
+
+def test_a_gradient_that_is_not_finite_is_in_no_checkpoint(tmp_path: Path) -> None:
+    """It would be in every parameter after the step, and no run could go on from what is saved then."""
+    memories, gates = start("re_estimated")
+    calls: list[int] = []
+
+    def breaks(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * (math.inf if len(calls) == STEPS else 1.0)
+
+    hook = memories.kv["law"].values[0].register_hook(breaks)
+    learn = section().model_copy(update={"checkpoint_steps": 1})
+
+    def learning() -> None:
+        train(
+            memories, WINDOWS, learn, Phase(TOKENS, 0, 1), tmp_path, gates=gates,
+            compensation=compensation(), sparsity=0.3,
+        )  # fmt: skip
+
+    with pytest.raises(KoffError, match="a gradient is not finite at step"):
+        learning()
+    saved = whole_checkpoints(tmp_path)
+    assert saved and all(torch.isfinite(t).all() for t in load_file(saved[-1] / STATE).values())
+    hook.remove()
+    learning()
+    assert all(torch.isfinite(t).all() for t in everything(memories).values())
+
+
+def test_checkpoints_may_come_at_other_steps_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[str] = []
+    module = import_module("koff_prune.learn")  # the package has a function of this name
+    monkeypatch.setattr(module, "seal", lambda folder: (saved.append(folder.name), seal(folder)))
+    for steps, until in ((1, 1), (1000, 0)):
+        memories, gates = start()
+        learn = section().model_copy(update={"checkpoint_steps": steps})
+
+        def stop(step: int, *rest: Any, until: int = until) -> None:
+            if step == until:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt) if until else nullcontext():
+            train(
+                memories, WINDOWS, learn, Phase(TOKENS, 0, 1), tmp_path, gates=gates, sparsity=0.3,
+                report=stop,
+            )  # fmt: skip
+    assert saved[-1] == f"checkpoint-{STEPS}" and int(saved[-2].removeprefix("checkpoint-")) <= 2, saved
+
+
+def test_attention_is_learned_without_its_dropout(tmp_path: Path) -> None:
+    losses: dict[float, list[float]] = {0.0: [], 0.5: []}
+    for dropout, found in losses.items():
+        memories = memories_on(tiny_model(num_hidden_layers=1, attention_dropout=dropout))
+        windows = dict(zip(memories.domains, WINDOWS.values(), strict=False))
+        train(
+            memories, windows, section(), Phase(TOKENS, 0, 1), tmp_path / str(dropout),
+            report=lambda step, loss, _, into=found: into.append(loss),
+        )  # fmt: skip
+    assert losses[0.5] == losses[0.0] and losses[0.0]
 
 
 def test_a_gradient_that_is_not_finite_can_be_skipped(

@@ -12,7 +12,10 @@ from koff_prune.loss import head_loss
 
 @pytest.mark.parametrize(("ce", "kl"), [(1.0, 0.0), (0.0, 1.0), (0.7, 1.3)])
 @pytest.mark.parametrize("tokens", [5, 16, 37])
-def test_equals_plain_torch(monkeypatch: pytest.MonkeyPatch, ce: float, kl: float, tokens: int) -> None:
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_equals_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, ce: float, kl: float, tokens: int, cap: float | None
+) -> None:
     monkeypatch.setattr(koff_prune.loss, "logit_rows", lambda *_: 16)
     generator = torch.Generator().manual_seed(0)
     hidden, teacher = (torch.randn(tokens, 8, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -20,9 +23,11 @@ def test_equals_plain_torch(monkeypatch: pytest.MonkeyPatch, ce: float, kl: floa
     head = torch.randn(50, 8, generator=generator)
     labels = torch.randint(0, 50, (tokens,), generator=generator)
     a, b = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    found = head_loss(a, head, labels, teacher, ce=ce, kl=kl)
-    logits = b @ head.T
-    q = functional.log_softmax(teacher @ head.T, -1)
+    found = head_loss(a, head, labels, teacher, ce=ce, kl=kl, cap=cap)
+    logits, there = b @ head.T, teacher @ head.T
+    if cap is not None:
+        logits, there = cap * torch.tanh(logits / cap), cap * torch.tanh(there / cap)
+    q = functional.log_softmax(there, -1)
     wanted = ce * functional.cross_entropy(logits, labels)
     wanted = wanted + kl * functional.kl_div(
         functional.log_softmax(logits, -1), q, reduction="batchmean", log_target=True

@@ -167,6 +167,7 @@ def test_uniform_llama_keeps_a_head_count_that_divides_hidden_size() -> None:
         counts[llama] = len(kept[0]["kv_groups"])
     assert counts == {False: 5, True: 8}  # the scores ask for 5, which does not divide 64
     assert units_of_config(tiny_config("llama").to_dict()).divisor_heads
+    assert units_of_config(tiny_config("gemma3").to_dict()).divisor_heads
     assert not units_of_config(tiny_config("qwen2").to_dict()).divisor_heads
 
 

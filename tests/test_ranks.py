@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from model_helpers import memories_on, tiny_model, token_ids
 from run_helpers import koff_prune, recipe_of
 from safetensors.torch import load_file
 
 from koff_export.files import read_json
 from koff_prune import ranks
 from koff_prune.checkpoints import whole_checkpoints
+from koff_prune.learner import Learner
 from koff_prune.reading import load_recipe
+from koff_prune.recipe import Learn
 
 # What every process does: the command, its gradients written down as they are after the first step's sharing.
 SCRIPT = """
@@ -228,12 +231,14 @@ def test_a_mistake_of_several_processes_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_token_weighs_the_same_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 30 tokens this one has 10: of the mean of both its loss is two thirds of a mean one's."""
+    """Of 45 tokens this one has 15: of the mean of both its loss is two thirds of a mean one's."""
+    model = tiny_model(num_hidden_layers=1)
+    learner = Learner(memories_on(model), None, None, Learn(), None)
+    window, law = token_ids(1, 16), torch.zeros(1, dtype=torch.long)
+    alone = float(learner(window, law).detach())
     monkeypatch.setattr(ranks._State, "world", 2)
-    monkeypatch.setattr(ranks.distributed, "all_reduce", lambda total: total.add_(20))
-    assert ranks.share_of(10) == pytest.approx(2 / 3)
-    monkeypatch.undo()
-    assert ranks.share_of(10) == 1.0
+    monkeypatch.setattr(ranks.distributed, "all_reduce", lambda total: total.add_(30))
+    assert float(learner(window, law).detach()) == pytest.approx(alone * 2 / 3)
 
 
 def test_large_recipes_say_how_many_processes_share_them() -> None:

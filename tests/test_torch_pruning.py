@@ -129,6 +129,15 @@ def test_the_gates_of_a_run_are_an_importance(tmp_path: Path, capsys: pytest.Cap
         assert len(layer["ffn_neurons"]) + len(gone) == units.layers[0].ffn_neurons
 
 
+def test_gates_of_kv_groups_score_no_neurons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    recipe = recipe_of(tmp_path, structure={"units": ["kv_groups"], "sparsity": 0.048})
+    assert koff_prune(capsys, "learn", recipe, "--out", out).code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with pytest.raises(KoffError, match="learned no gates of ffn_neurons"):
+        GroupedQueryPruner(model, None, LearnedImportance(out, model), pruning_ratio=0.1, round_to=1).step()
+
+
 def test_gates_of_another_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One sentence naming both counts."""
     out = tmp_path / "run"

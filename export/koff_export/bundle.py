@@ -326,6 +326,8 @@ def set_domain(folder: str | os.PathLike[str], name: str, told: dict[str, Any] |
         for path, entry in manifest["files"].items()
         if not path.startswith(gone) and path not in beside
     }
+    if isinstance(measured := (manifest.get("numerics") or {}).get("onnx_logits"), dict):
+        measured.pop(name, None)  # of the memory that was
     if told is not None:
         manifest["domains"][name] = told
         mine = [p for p in _walk(root) if p.startswith(gone) or p in (told.get("adapter"), told.get("gguf"))]

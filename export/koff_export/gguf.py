@@ -272,5 +272,8 @@ def _add_tokenizer(
         writer.add_pad_token_id(tokenizer.pad_token_id)
     # prompts begin as they did in training: with what the tokenizer itself puts first
     writer.add_add_bos_token(bos is not None and tokenizer("a")["input_ids"][:1] == [bos])
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # of several, `default` is the one that is used unasked
+        templates = [{"name": name, "template": text} for name, text in templates.items()]
+    if templates:
+        writer.add_chat_template(templates)
