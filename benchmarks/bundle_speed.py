@@ -133,9 +133,13 @@ def dense_graphs(run: Path) -> Path:
     graph = slim.graph
     assert graph is not None
     folder = run / "dense-onnx"
+    asked = slim.numerics.get("asked", {})
+    stamp = {"onnx": asked.get("export", {}).get("onnx"), "graphs": asked.get("graphs")}
     if (folder / "koff.json").exists():
-        there = open_manifest(folder).graph
-        if there and (there.profiles, there.inputs) == (graph.profiles, graph.inputs):
+        found = open_manifest(folder)
+        there = found.graph
+        same = there and (there.profiles, there.inputs) == (graph.profiles, graph.inputs)
+        if same and found.numerics.get("asked") == stamp:
             return folder
     modules = [i.removesuffix(".lora_A.weight") for i in graph.inputs if i.endswith(".lora_A.weight")]
     portable = folder / graph.precisions["fp32"]
@@ -147,9 +151,9 @@ def dense_graphs(run: Path) -> Path:
             export_fused(model, folder / graph.fused["fp32"], portable)
         if graph.in_place:
             export_fused(model, folder / graph.in_place["fp32"], folder / graph.fused["fp32"], in_place=True)
-    asked = slim.numerics.get("asked", {}).get("export", {}).get("onnx", {})
-    keeps, rounded = asked.get("int4_keeps", INT4_KEEPS), None
-    if "int4" in graph.precisions and asked.get("int4_rounding", "gptq") == "gptq":  # as the slim one is
+    onnx = stamp["onnx"] or {}
+    keeps, rounded = onnx.get("int4_keeps", INT4_KEEPS), None
+    if "int4" in graph.precisions and onnx.get("int4_rounding", "gptq") == "gptq":  # as the slim one is
         rounded = round_matrices(dense_backbone(run), read, keeps)
     for name in graph.precisions.keys() & BITS.keys():
         beside = None
@@ -160,6 +164,7 @@ def dense_graphs(run: Path) -> Path:
     told = {**vars(info), **{key: table for key, table in paths.items() if table}}
     write_manifest(folder, {
         "window": slim.window, "bos": slim.bos, "eos": slim.eos, "domains": {}, "graph": told,
+        "numerics": {"asked": stamp},
     })  # fmt: skip
     return folder
 
@@ -337,7 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", action="append", help="only this one; repeatable")
@@ -354,10 +359,14 @@ def main() -> None:
     if args.child:
         print(json.dumps(as_a_child(args.child)))
         return
+    if args.run is None:
+        parser.error("name the RUN whose bundle is to be raced")
     from koff_prune.run import versions
 
-    command = " ".join(["python benchmarks/bundle_speed.py", args.run.name, *sys.argv[2:]])
-    told = {"command": command, "prompts": PROMPTS, "batches": BATCHES, "threads": args.threads}
+    words = [args.run.name if word == str(args.run) else word for word in sys.argv[1:]]
+    command = " ".join(["python benchmarks/bundle_speed.py", *words])
+    told = {"command": command, "prompts": args.prompt or PROMPTS, "batches": args.batch or BATCHES,
+            "threads": args.threads}  # fmt: skip
     for found in compare(args.run, args):
         args.out.write_text(json.dumps({**told, "versions": versions(), **found}, indent=1) + "\n")
 

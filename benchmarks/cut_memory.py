@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--precision", action="append", default=[], choices=["fp16", "int8", "int4"],
                         help="of more graphs, portable and fused; repeatable, with --onnx")  # fmt: skip
     parser.add_argument("--memory", action="store_true", help="with a memory, trained for one step")
-    parser.add_argument("--work", type=Path, help="an empty or new folder with about 25 GB free")
+    parser.add_argument("--work", type=Path, help="a folder with about 25 GB free, made where there is none")
     parser.add_argument("--keep", type=Path, help="a new folder that keeps the model and its run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/cut_memory.json"))
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -182,6 +182,8 @@ def main() -> None:
         export["onnx"] = {"precision": ["fp32", *asked.precision], "profiles": ["portable", "fused"],
                           "int4_rounding": "nearest"}  # fmt: skip
     keeping = asked.keep is not None
+    if asked.work is not None:
+        asked.work.mkdir(parents=True, exist_ok=True)
     with nullcontext(asked.keep) if keeping else tempfile.TemporaryDirectory(dir=asked.work) as place:
         folder = Path(place)
         write_model(config_file, folder / "model")

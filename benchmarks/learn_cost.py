@@ -212,7 +212,8 @@ def work(point: dict[str, Any], recipe: str, scored: Path) -> dict[str, float]:
 
 def peak() -> float:
     """Largest resident memory of this process so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # of bytes, there, and of KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def score(name: str, recipe: str, path: Path) -> None:

@@ -9,6 +9,7 @@ it runs koff_export's Runtime.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import venv
@@ -36,7 +37,8 @@ print(json.dumps(found[0, len(ids):].tolist()))
 
 def environment() -> Path:
     """The interpreter of the environment that optimum-onnx lives in; a half-made one is made anew."""
-    python, whole = HOME / "bin" / "python", HOME / "complete"
+    python = HOME / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    whole = HOME / "complete"
     if not whole.exists():
         venv.create(HOME, with_pip=True, clear=True)
         done = subprocess.run([python, "-m", "pip", "install", "--quiet", *PINS])

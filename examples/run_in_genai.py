@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 def main(bundle: Path, memory: str, prompt: str) -> None:
     """Prints up to 24 greedy tokens; the memory "none" is the bare backbone."""
-    told = json.loads((bundle / "koff.json").read_text())
+    told = json.loads((bundle / "koff.json").read_text(encoding="utf-8"))
     if not (bundle / "genai_config.json").exists():
         raise ValueError(f"{bundle}: has no genai_config.json; export it with onnx, and take it unshipped")
     if memory not in ("none", *told["domains"]):

@@ -21,7 +21,7 @@ def main() -> None:
     asked = parser.parse_args()
     model = load_bundle(asked.bundle, memory=None if asked.memory == "none" else asked.memory)
     tokenizer = AutoTokenizer.from_pretrained(asked.bundle)
-    bos = json.loads((Path(asked.bundle) / "koff.json").read_text())[
+    bos = json.loads((Path(asked.bundle) / "koff.json").read_text(encoding="utf-8"))[
         "bos"
     ]  # what memories were trained behind
     ids = ([] if bos is None else [bos]) + tokenizer(asked.prompt, add_special_tokens=False).input_ids

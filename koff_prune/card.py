@@ -29,6 +29,7 @@ def card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> st
         f" koff-prune (KOFF, arXiv 2605.29075), {beside}."
         + (" What all domains recovered together is part of it." if run.recipe.cut.recover else ""), "",
     ]  # fmt: skip
+    lines += ["The licence of the dense model holds for it too: add it where it does not lie here.", ""]
     if domains and not merge:
         lines += ["As it was exported it had these memories; koff.json tells which there are by now"
                   " (`koff-prune memory list`).", ""]  # fmt: skip

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from koff_export.bundle import LICENCES
 from koff_export.errors import KoffError
 from koff_export.files import read_json
 from koff_prune.architecture import check, native_dtype
@@ -61,6 +63,7 @@ class Dense:
         revision: Commit of a hub model; None for local ones.
         config_sha256: Digest of what the network is, see `config_sha256`.
         bos: Token id that every window must start with, or None.
+        place: Its folder or GGUF file, or its hub id.
         fingerprint: Of the weights: a hub model's commit, a GGUF file's sha256, else one of names, sizes
             and samples.
     """
@@ -74,12 +77,24 @@ class Dense:
     revision: str | None
     config_sha256: str
     bos: int | None
+    place: Path | str
     fingerprint: str | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """A causal LM on the CPU in the recipe's dtype, in eval mode, requiring no gradient."""
         return self.open()
+
+    def copy_licences(self, folder: Path) -> None:
+        """What lies beside the weights under a licence's name: it holds for what is made of them too."""
+        place, wanted = self.place, list(LICENCES)
+        if not isinstance(place, Path):
+            with told(self.source, "licence"):
+                place = Path(snapshot_download(place, revision=self.revision, allow_patterns=wanted))
+        place = place if place.is_dir() else place.parent
+        for name in wanted:
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / name)
 
     def outline(self) -> PreTrainedModel:
         """The model for its shapes: on the meta device where `weights` has its tensors, else with them."""
@@ -161,6 +176,7 @@ def open_dense(section: ModelSection, *, cache: Path | None = None, known: str |
         revision=revision,
         config_sha256=config_sha256(config),
         bos=first_token(tokenizer, config.model_type),
+        place=place,
         fingerprint=mark,
     )
     if dense.weights is None:

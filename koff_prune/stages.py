@@ -256,6 +256,7 @@ def _write_backbone(run: Run, arm: Arm, plan: Plan, folder: Path) -> None:
     else:
         cut_on_disk(dense.skeleton, dense.weights, plan, folder, solve, limit)
     copy_tokenizer(dense.tokenizer, folder)
+    dense.copy_licences(folder)
 
 
 def _cut_model(run: Run, arm: Arm, plan: Plan | None) -> Any:
@@ -346,8 +347,7 @@ def train_logged(
 ) -> list[dict[str, Any]]:
     """`learn.train` with a progress bar, a log (log.json in the arm's folder) and its seconds."""
     place = folder / "checkpoints" / label.replace(" ", "-")
-    batches = run.recipe.step_batches
-    steps = steps_of(phase.tokens, learn, batches)
+    steps = steps_of(phase.tokens, learn, batches := run.recipe.step_batches)
     step_tokens = learn.window * learn.batch * batches
     with ranks.turn():
         newest = newest_checkpoint(place)

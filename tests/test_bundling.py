@@ -438,6 +438,17 @@ def test_a_bundle_in_torch_moves_with_its_memory(bundle: Path) -> None:
     assert moved(input_ids=ids.to("meta")).logits.device.type == "meta"
 
 
+def test_a_licence_goes_with_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path, export={"formats": ["safetensors"]})
+    for name in ("LICENSE", "NOTICE.txt"):
+        (tmp_path / "model" / name).write_text(f"{name} of the weights")
+    assert koff_prune(capsys, "apply", recipe, "--out", tmp_path / "run").code == 0
+    bundle = tmp_path / "run" / "bundle"
+    for name in ("LICENSE", "NOTICE.txt"):
+        assert (bundle / name).read_text() == f"{name} of the weights"
+    assert koff_prune(capsys, "verify", bundle).code == 0
+
+
 def test_a_tokenizer_with_several_chat_templates_is_exported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

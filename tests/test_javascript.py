@@ -42,11 +42,24 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     )
     package.export(recipe, folder / "run")
+    package.export(recipe, folder / "run", resume=True, merge="law")
     for file in EXAMPLES.iterdir():
         shutil.copy(file, folder)
     (folder / "bundle").symlink_to(folder / "run" / "bundle")
     (folder / "node_modules").symlink_to(MODULES)
     (folder / "ort").symlink_to(MODULES / "onnxruntime-web" / "dist")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(site: Path) -> Path:
+    """The examples with a bundle that has law's memory baked in, and no slots."""
+    folder = site.with_name("merged")
+    folder.mkdir()
+    for place in site.iterdir():
+        if place.name != "bundle":
+            (folder / place.name).symlink_to(place)
+    (folder / "bundle").symlink_to(site / "run" / "bundle-law")
     return folder
 
 
@@ -74,6 +87,12 @@ def test_node_says_the_same_tokens(
         assert [int(token) for token in few_bits.stdout.split()] == ours, few_bits.stderr
 
 
+def test_node_runs_a_merged_bundle(merged: Path, expected: dict[str | None, list[int]]) -> None:
+    command = ["node", "node.mjs", "bundle", "none", ",".join(map(str, PROMPT))]
+    done = subprocess.run(command, cwd=merged, capture_output=True, text=True, timeout=60, check=False)
+    assert [int(token) for token in done.stdout.split()] == expected["law"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -93,14 +112,19 @@ def test_node_tells_a_mistake(site: Path, arguments: tuple[str, ...], says: str)
 
 
 @pytest.mark.timeout(240)
-def test_a_browser_says_the_same_tokens(site: Path, expected: dict[str | None, list[int]]) -> None:
+@pytest.mark.parametrize("bundle", ["site", "merged"])
+def test_a_browser_says_the_same_tokens(
+    bundle: str, site: Path, merged: Path, expected: dict[str | None, list[int]]
+) -> None:
+    if bundle == "merged":  # whose bare graph says what law's memory does
+        site, expected = merged, {None: expected["law"]}
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("chromium is missing: run tests/install-chromium.sh")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        for memory in MEMORIES:
+        for memory in expected:
             page = (
                 f"http://127.0.0.1:{server.server_port}/index.html?memory={memory or 'none'}&tokens=5,9,30,77"
             )

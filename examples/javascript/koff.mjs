@@ -82,6 +82,8 @@ export class Bundle {
         feeds[input] = new ort.Tensor("float32", new Float32Array(0), isA ? [widths[input], 0] : [0, widths[input]]);
       }
     }
+    // a graph with a memory baked in has no slots, and the browser's runtime refuses what it does not know
+    for (const slot of Object.keys(feeds)) if (!this.session.inputNames.includes(slot)) delete feeds[slot];
     this.memories.set(key, feeds);
     return feeds;
   }

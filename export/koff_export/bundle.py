@@ -20,7 +20,7 @@ _SUFFIXES = (
     ".json", ".safetensors", ".onnx", ".onnx.data", ".onnx_adapter", ".gguf", ".md", ".txt", ".jinja",
     ".model",
 )  # fmt: skip
-PLAIN_NAMES = ("LICENSE", "NOTICE")
+LICENCES = tuple(name + end for name in ("LICENSE", "NOTICE", "USE_POLICY") for end in ("", ".md", ".txt"))
 # Memories may be dropped into a finished bundle; every other file must be in the manifest.
 _OPEN_FOLDERS = ("memories/", "onnx/memories/", "gguf/memories/")
 
@@ -342,7 +342,7 @@ def _entry(path: Path, known: str | None = None) -> dict[str, Any]:
 
 
 def _check_kind(name: str) -> None:
-    if not name.endswith(_SUFFIXES) and name.rsplit("/", 1)[-1] not in PLAIN_NAMES:
+    if not name.endswith(_SUFFIXES) and name.rsplit("/", 1)[-1] not in LICENCES:
         raise KoffError(
             f"the bundle holds {name!r}, a kind of file that no bundle has and that could run code: remove it"
         )
@@ -390,7 +390,7 @@ def check_files(
         for name in _walk(root):
             _check_kind(name)
             safe_join(root, name)
-            extra = name.startswith(_OPEN_FOLDERS) or name.endswith(".md") or name in PLAIN_NAMES
+            extra = name.startswith(_OPEN_FOLDERS) or name.endswith(".md") or name in LICENCES
             if name not in manifest.files and name != MANIFEST and not extra:
                 raise KoffError(f"the bundle holds {name!r}, which {MANIFEST} does not list: remove it")
     for name in manifest.files if only is None else only:

@@ -20,6 +20,7 @@ from koff_export.errors import KoffError
 
 # what ONNX Runtime and torch say of a full disk, without the system's words
 _FULL = ("Failed to write", "unexpected pos")
+_WINDOWS = os.name == "nt"
 _MENDS = {
     errno.ENOSPC: "the disk is full: free some space, or write to another folder",
     errno.EDQUOT: "the disk quota is used up: free some space, or write to another folder",
@@ -70,7 +71,9 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 def fsync_path(path: str | os.PathLike[str]) -> None:
     """Flushes one file, or one folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if _WINDOWS and os.path.isdir(path):
+        return  # it opens no folders; a rename is as safe as it makes it
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from koff_export.bundle import LICENCES
 from koff_export.errors import KoffError
 
 SCHEME = "hf://"
-TEXTS = ("*.json", "*.jinja", "*.md", "LICENSE", "NOTICE")
+TEXTS = ("*.json", "*.jinja", "*.md", *LICENCES)
 FOR_TORCH = (*TEXTS, "*.safetensors")
 FOR_DEVICES = (*TEXTS, "onnx/*")
 _PLACE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?")
@@ -35,7 +36,9 @@ def local(bundle: str | os.PathLike[str], patterns: Sequence[str] | None = None)
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise KoffError(f"{name}: fetching from the hub needs huggingface_hub; pip install it") from error
+        raise KoffError(
+            f"{name}: fetching from the hub needs huggingface_hub: pip install huggingface_hub"
+        ) from error
     try:
         wanted = None if patterns is None else list(patterns)
         return Path(snapshot_download(place[1], revision=place[2], allow_patterns=wanted))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from koff_export.bundle import MERGED_KV, PLAIN_NAMES, Manifest, check_file, open_manifest, write_manifest
+from koff_export.bundle import LICENCES, MERGED_KV, Manifest, check_file, open_manifest, write_manifest
 from koff_export.errors import NO_GRAPH, KoffError
 from koff_export.files import safe_join, staged_dir
 from koff_export.graph import check_onnx
@@ -16,7 +16,7 @@ from koff_export.hub import FOR_DEVICES, local
 
 _TEXT = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-    *PLAIN_NAMES,
+    *LICENCES,
 )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def ship(
             path = aside / name
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(check_file(source, manifest, name), path)
-        unlisted = [n for n in PLAIN_NAMES if n not in manifest.files and (source / n).exists()]
+        unlisted = [n for n in LICENCES if n not in manifest.files and (source / n).exists()]
         for name in (*dropped, *unlisted):
             path = aside / name
             path.parent.mkdir(parents=True, exist_ok=True)

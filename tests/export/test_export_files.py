@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from koff_export.errors import KoffError
 from koff_export.files import (
     check_safetensors,
+    fsync_path,
     read_json,
     recover,
     recover_below,
@@ -29,6 +30,23 @@ EXPORT = str(Path(__file__).parents[2] / "export")
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def test_windows_opens_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a folder cannot be synced, and a file must be open for writing."""
+    opened = os.open
+
+    def as_there(path: str, flags: int, *mode: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        assert flags & os.O_RDWR or flags & os.O_CREAT
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr("koff_export.files._WINDOWS", True)
+    monkeypatch.setattr("koff_export.files.os.open", as_there)
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    fsync_path(tmp_path / "a.json")
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
