@@ -76,10 +76,16 @@ def _on_devices(recipe: Recipe, need: Needs, devices: int, tflops: float) -> lis
         "",
         f"{need.flops / 1e9:.1f} GFLOP a token = {need.work}",
         f"{devices} x {tflops:g} TFLOP/s / that = {rate:,.0f} tokens/s;"
-        f" {tokens:,} tokens in {tokens / rate / 60:,.0f} minutes, scoring and the solves of the"
+        f" {tokens:,} tokens in {_duration(tokens / rate)}, scoring and the solves of the"
         " compensation apart",
         "An estimate: accelerators are unproven (README, Limits); --tflops is what one sustains.",
     ]
     if learn.batch % devices:
         lines.append(f"learn.batch: {learn.batch} windows do not divide over {devices}; set a multiple")
     return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} seconds"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"

@@ -98,6 +98,11 @@ def gguf_config(path: Path) -> PretrainedConfig:
         KoffError: The file is no GGUF, is truncated, or holds a model that would not be read as it is.
     """
     reader, kind = _open(path)
+    if (parts := _value(path, reader, "split.count")) and parts > 1:
+        raise KoffError(
+            f"{path} is one of {parts} parts; join them with `llama-gguf-split --merge`, or name a folder"
+            " of the model for transformers"
+        )
 
     def told(key: str) -> Any:
         return _value(path, reader, f"{kind}.{key}")

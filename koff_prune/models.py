@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,11 +38,14 @@ from koff_prune.packages import cached_files, fetch_files
 from koff_prune.pretrained import load, short, told
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, ModelSection, PackageFile
-from koff_prune.weights import Weights
+from koff_prune.weights import WEIGHTS, Weights, has_weights
 
 # Without their first token these models see text that they were never trained on; a tokenizer that came out
 # of a GGUF file does not always add it.
 _NEED_BOS = ("gemma3_text",)
+# Files of a hub model: what is small, and its weights.
+_TEXTS = ("*.json", "*.jinja", "tokenizer.model", "vocab.*", "merges.txt", *LICENCES)
+_WEIGHTS = (WEIGHTS, "model-*-of-*.safetensors")
 _SAMPLES, _SAMPLE = 64, 4096  # places of a weight file that are looked at, and bytes at each
 # Of a configuration: where it came from and how it was stored, not what the network is.
 _NOT_THE_NETWORK = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "_model_name_or_path",
@@ -63,7 +66,7 @@ class Dense:
         revision: Commit of a hub model; None for local ones.
         config_sha256: Digest of what the network is, see `config_sha256`.
         bos: Token id that every window must start with, or None.
-        place: Its folder or GGUF file, or its hub id.
+        place: The folder that its files lie in.
         fingerprint: Of the weights: a hub model's commit, a GGUF file's sha256, else one of names, sizes
             and samples.
     """
@@ -77,7 +80,7 @@ class Dense:
     revision: str | None
     config_sha256: str
     bos: int | None
-    place: Path | str
+    place: Path
     fingerprint: str | None = None
 
     @cached_property
@@ -87,14 +90,9 @@ class Dense:
 
     def copy_licences(self, folder: Path) -> None:
         """What lies beside the weights under a licence's name: it holds for what is made of them too."""
-        place, wanted = self.place, list(LICENCES)
-        if not isinstance(place, Path):
-            with told(self.source, "licence"):
-                place = Path(snapshot_download(place, revision=self.revision, allow_patterns=wanted))
-        place = place if place.is_dir() else place.parent
-        for name in wanted:
-            if (place / name).is_file():
-                shutil.copyfile(place / name, folder / name)
+        for name in LICENCES:
+            if (self.place / name).is_file():
+                shutil.copyfile(self.place / name, folder / name)
 
     def outline(self) -> PreTrainedModel:
         """The model for its shapes: on the meta device where `weights` has its tensors, else with them."""
@@ -119,22 +117,26 @@ def open_dense(section: ModelSection, *, cache: Path | None = None, known: str |
         KoffError: The source is missing, truncated, incomplete, pickled, quantised, or of an unknown type.
     """
     place, name = _find(section, cache), _name(section)
-    options: dict[str, Any] = {"local_files_only": True}
     revision: str | None = None
+    gguf = None
     if isinstance(place, Path):
         folder = place
         if gguf := _gguf_in(place):
             folder = dequantised(gguf, name, native_dtype(section.dtype), cache)
         _check_folder(folder)
-        mark = folder.name.partition("-")[0] if gguf else _fingerprint(folder)
         # A tokenizer that lies beside a GGUF file is the model's own; the one inside is a conversion.
-        beside = place.is_dir() and _has_tokenizer(place)
-        source, tokens = str(folder), str(place if beside else folder)
+        tokens = place if place.is_dir() and _has_tokenizer(place) else folder
     else:
         # one commit for all of its files: a branch may move in between
-        revision = mark = _commit(place, section.revision or known)
-        options = {"revision": revision}
-        source = tokens = place
+        place = folder = tokens = _snapshot(place, section.revision or known, _TEXTS)
+        revision = folder.name
+        check_architecture(
+            load(AutoConfig, str(folder), name, local_files_only=True)
+        )  # before gigabytes come
+        _snapshot(name, revision, _WEIGHTS)
+        _check_folder(folder)
+    mark = revision or (folder.name.partition("-")[0] if gguf else _fingerprint(folder))
+    source, options = str(folder), {"local_files_only": True}
     config = load(AutoConfig, source, name, **options)
     check_architecture(config)
     dtype = getattr(torch, native_dtype(section.dtype))
@@ -159,13 +161,14 @@ def open_dense(section: ModelSection, *, cache: Path | None = None, known: str |
             model.generation_config = _generation(source, **options)
         return model.eval().requires_grad_(False)
 
-    with told(name, "weights"):
-        weights = Weights.find(source, revision)
-    if weights is not None:
+    weights: Weights | None = None
+    if has_weights(folder):
+        with told(name, "weights"):
+            weights = Weights.open(folder)
         weights.check_head(config, name)
-    if isinstance(place, Path) and not _has_tokenizer(Path(tokens)):
+    if not _has_tokenizer(tokens):
         raise KoffError(f"model.source '{place}' holds no tokenizer.json: save the model's tokenizer there")
-    tokenizer = load(AutoTokenizer, tokens, name, **options)
+    tokenizer = load(AutoTokenizer, str(tokens), name, **options)
     dense = Dense(
         config=copy.deepcopy(config),
         open=weigh,
@@ -176,7 +179,7 @@ def open_dense(section: ModelSection, *, cache: Path | None = None, known: str |
         revision=revision,
         config_sha256=config_sha256(config),
         bos=first_token(tokenizer, config.model_type),
-        place=place,
+        place=place if place.is_dir() else place.parent,
         fingerprint=mark,
     )
     if dense.weights is None:
@@ -184,10 +187,10 @@ def open_dense(section: ModelSection, *, cache: Path | None = None, known: str |
     return dense
 
 
-def _commit(repository: str, revision: str | None) -> str:
-    """The commit that a revision of a hub model stands for, by its folder in the hub's cache."""
-    with told(repository, "configuration"):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=["config.json"])).name
+def _snapshot(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Where a hub model's files lie in the hub's cache, fetched if need be: a folder named by its commit."""
+    with told(repository, "files"):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
 
 
 def _fingerprint(folder: Path) -> str:
@@ -336,6 +339,11 @@ def _check_folder(folder: Path) -> None:
     """Refuses a model folder that is not whole, before any weight is read."""
     _check_config(folder)
     read_json(folder / "config.json")
+    if (folder / "adapter_config.json").exists():  # transformers would put the adapter around another base
+        raise KoffError(
+            f"model.source '{folder}' holds adapter_config.json beside the weights; merge the adapter into"
+            " them and move its files away"
+        )
     if not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         why = "its weights are pickled, which is not safe to read" if pickled else "it holds no weights"

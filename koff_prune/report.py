@@ -180,6 +180,8 @@ def _cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _change(ratio: float) -> str:
     """A ratio of perplexities as a signed percentage, or as a factor once it is large."""
+    if math.isnan(ratio):  # of two that are infinite
+        return "–"
     if ratio >= 10:
         return f"×{ratio:,.0f}"
     return f"{ratio - 1:+.1%}".replace("-", "−")

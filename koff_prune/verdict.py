@@ -159,8 +159,10 @@ def cast(rows: Sequence[Row]) -> Cast:
         for r in plain
         if r["method"] == "koff" and r["memory"] == r["learned_with"] and r["memory"] != "none"
     ]
-    if not joint:
-        return Cast(dense, None, None, None, None, None)
+    if not joint:  # of a recipe without memories
+        ours = (r for r in plain if r["method"] == "koff")
+        own = [r for r in ours if r["memory"] == r["learned_with"] == r["trained_with"] == "none"]
+        return Cast(dense, dense, own[0] if own else None, None, None, None)
     koff = max(joint, key=lambda r: r["memory"].count("+"))  # the first of equals: ablations come after
     kind = koff["memory"]
     off = _first(plain, lambda r: _is_off(r, koff))
@@ -193,9 +195,14 @@ def judge(rows: Sequence[Row]) -> Verdict:
         return Verdict(
             None, None, headline, ["closed and offloaded need one: add {method: koff} and a memory."]
         )
-    closed, said = _closed(parts, labels)
-    offloaded, more = _offloaded(parts)
-    sentences = [*_against(rows, koff, labels), *said, *more, *few_documents(koff)]
+    if koff["memory"] == "none":
+        closed = offloaded = None
+        said = ["closed and offloaded are figures of memories, and none was trained."]
+    else:
+        closed, said = _closed(parts, labels)
+        offloaded, more = _offloaded(parts)
+        said += more
+    sentences = [*_against(rows, koff, labels), *said, *few_documents(koff)]
     headline = _headline(koff, dense)
     return Verdict(closed, offloaded, headline, sentences)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -77,22 +76,6 @@ class Weights:
                 name: Entry(folder / file, *header[name]) for name in _stored(folder / file) if name in wanted
             }
         return cls(entries)
-
-    @classmethod
-    def find(cls, source: str, revision: str | None = None) -> Weights | None:
-        """The weights of a local folder, or of a hub model, fetched; None where they are not found so.
-
-        Raises:
-            KoffError: See `open`.
-        """
-        if Path(source).is_dir():
-            return cls.open(Path(source))
-        try:
-            patterns = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-        except (OSError, ValueError):
-            return None  # transformers looks elsewhere too, and says what it misses
-        return cls.open(folder) if has_weights(folder) else None
 
     @property
     def files(self) -> list[Path]:

@@ -401,3 +401,15 @@ def test_what_would_be_passed_over_or_help_nobody_is_told(
     answer = koff_prune(capsys, name, place / "recipe.yaml", *out, *options)
     mistake(answer, says)
     assert "round_to 1, or" not in answer.err and "are 0.0000" not in answer.err
+
+
+def test_a_log_has_lines_and_no_frames(place: Path, tmp_path: Path) -> None:
+    """Also where FORCE_COLOR says that every file is a terminal."""
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "koff_prune", "plan", place / "recipe.yaml", "--out", tmp_path / "out"],
+            stderr=log, stdout=subprocess.PIPE, env={**os.environ, "FORCE_COLOR": "1"},
+        )  # fmt: skip
+    told = (tmp_path / "log").read_text()
+    assert done.returncode == 0, told
+    assert "learning …" in told and "\x1b" not in told and "\r" not in told

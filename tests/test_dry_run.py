@@ -62,6 +62,7 @@ def test_dry_run_tells_what_devices_hold(recipe: Path, capsys: pytest.CaptureFix
         )
         assert scoring == sizes["dense model"]
         assert sum(sizes.values()) == pytest.approx(float(whole[1]), abs=0.05) and host > 0
+        assert re.search(r"tokens in [1-9][\d.,]* (seconds|minutes|hours)", answer.out)
         assert "unproven" in answer.out and "do not divide" not in answer.out
         found[devices] = (sizes, int(rate[1].replace(",", "")))
     parameters = re.search(r"dense model +([\d,]+) parameters", answer.out)

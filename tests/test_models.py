@@ -141,6 +141,9 @@ def test_incomplete_folders(folder: Path, tmp_path: Path) -> None:
         {**tensors, "model.layers.1.mlp.up_proj.weight": gone[:-1].clone()}, folder / "model.safetensors"
     )
     refused(folder)
+    (folder / "adapter_config.json").write_text("{}")  # transformers would load another network
+    assert "merge the adapter" in refused(folder)
+    (folder / "adapter_config.json").unlink()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "pickled" in refused(folder)
     (folder / "pytorch_model.bin").unlink()
@@ -238,6 +241,7 @@ def rewritten(path: Path, target: Path, values: dict[str, Any], more: dict[str, 
         ({"llama.rope.scaling.factor": 4.0}, (), "scaled rotation"),
         ({"llama.rope.scale_linear": 4.0}, (), "scaled rotation"),
         ({"llama.expert_count": 4}, (), "mixture of experts"),
+        ({"split.count": 2}, (), "one of 2 parts; join them"),
         ({"llama.block_count": 1}, (), "blk.1."),
         ({}, ("blk.0.attn_q_norm.weight",), "blk.0.attn_q_norm.weight"),
         ({"llama.attention.key_length": 16}, (), "not of one width"),

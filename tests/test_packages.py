@@ -77,6 +77,9 @@ def test_matching_files_by_the_wheels_digest(index, offline, capsys) -> None:
         "corpus-1.0"
     ]
     assert capsys.readouterr().err == ""
+    with pytest.MonkeyPatch.context() as patch:  # a cache that may be read alone
+        patch.setattr("koff_prune.packages.FileLock", lambda path: 1 / 0)
+        assert fetch_files("corpus==1.0", ["corpus/*.txt"], sha) == found
 
 
 def test_one_file_by_its_own_digest(index, offline) -> None:

@@ -335,6 +335,21 @@ def test_an_overflowed_perplexity_is_null_and_does_not_break_the_report(tmp_path
     assert report["rows"][-1]["perplexity"]["gmean"] is None and "inf" in page
 
 
+def test_a_dense_model_without_a_finite_loss_compares_with_nothing(tmp_path: Path) -> None:
+    _, page = write(tmp_path, [row("dense", math.inf), row("koff", math.inf, learned_with="none")])
+    assert "nan" not in page
+
+
+def test_a_recipe_without_memories_has_its_koff_too(tmp_path: Path) -> None:
+    koff = row("koff", 0.05, learned_with="none", trained_with="none")
+    report, page = write(tmp_path, [row("dense"), koff, row("magnitude", 0.9)])
+    verdict = judge([row("dense"), koff, row("magnitude", 0.9)])
+    assert "removed: koff's perplexity is" in verdict.headline
+    assert any("koff beats the other row" in sentence for sentence in verdict.sentences)
+    assert any("none was trained" in sentence for sentence in verdict.sentences)
+    assert report["closed"] is None and report["offloaded"] is None and "No row of koff" not in page
+
+
 def test_sizes_say_when_memories_eat_the_saving(tmp_path: Path) -> None:
     report, page = write(tmp_path / "small")
     assert not any("Nothing is saved" in note for note in report["notes"])
