@@ -227,13 +227,8 @@ class Runtime:
             self._tokenizer = open_tokenizer(path)
         return self._tokenizer
 
-    def encode(self, text: str, *, bos: bool = True, control: bool = True) -> list[int]:
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Tokens of `text`, led by the manifest's `bos` if it has one, and no other special tokens.
-
-        Args:
-            text: Any.
-            bos: Lead with it.
-            control: What spells a control token is one, as in a prompt; else text, as what is learned from.
 
         Raises:
             KoffError: `text` holds halves of characters, as bytes that are no UTF-8 become.
@@ -242,7 +237,6 @@ class Runtime:
             text.encode()
         except UnicodeEncodeError as error:
             raise KoffError("the text is not valid UTF-8: convert it") from error
-        self.tokenizer.encode_special_tokens = not control
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         # A chat template may have written the token already.
         if bos and self.manifest.bos is not None and ids[:1] != [self.manifest.bos]:

@@ -36,6 +36,12 @@ def score(runtime: Runtime, windows: Sequence[Sequence[int]], memory: str | None
 def windows(runtime: Runtime, text: str) -> list[list[int]]:
     """See `Runtime.windows`."""
     lead = [] if runtime.manifest.bos is None else [runtime.manifest.bos]
-    ids, step = runtime.encode(text, bos=False, control=False), runtime.manifest.window - len(lead)
+    # what spells a control token is text here, as it is where memories learn
+    runtime.tokenizer.encode_special_tokens = True
+    try:
+        ids = runtime.encode(text, bos=False)
+    finally:
+        runtime.tokenizer.encode_special_tokens = False
+    step = runtime.manifest.window - len(lead)
     cut = [lead + ids[at : at + step] for at in range(0, len(ids), step)]
     return [window for window in cut if len(window) > 1]
