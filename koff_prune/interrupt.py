@@ -34,10 +34,15 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def ask(self) -> None:
+        """As a first signal: one that has come to another process."""
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             if time.monotonic() - self._first > ECHO:
                 raise KeyboardInterrupt
             return
-        self.asked, self._first = True, time.monotonic()
+        self.ask()
         say("stopping once this step is finished and saved; a second signal stops at once")

@@ -81,8 +81,8 @@ class _StepCallback(TrainerCallback):
             self.learner.gates.share()
             said, read = self.learner.said, self.learner.read
             self.learner.gates.observe(self.step_tokens * said // max(1, read))
-        self.interruption.asked = ranks.any_of(self.interruption.asked)
-        if self.interruption.asked:
+        if ranks.any_of(self.interruption.asked):
+            self.interruption.ask()
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

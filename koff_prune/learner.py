@@ -72,10 +72,12 @@ class Learner(nn.Module):
         memories = self.memories
         name = memories.domains[int(domain[0])]
         hidden, head = memories.base.model, memories.base.get_output_embeddings().weight
-        input_ids, labels = tokens_and_labels(input_ids.to(memories.device))
-        labels = labels[:, 1:].reshape(-1)
+        # counted where they come from: what is asked of a device waits for it
+        input_ids, labels = tokens_and_labels(input_ids)
+        input_ids, labels = input_ids.to(memories.device), labels[:, 1:].reshape(-1)
         said = labels != IGNORED
-        count, all_said, all_read = int(said.sum()), ranks.sum_of(int(said.sum())), len(said) * ranks.world()
+        count = int(said.sum())
+        all_said, all_read = ranks.sum_of(count), len(said) * ranks.world()
         self.said, self.read = self.said + all_said, self.read + all_read
         teacher = None
         if self.loss.kl > 0 and self.gates is not None:  # a model that was cut is no teacher
@@ -89,9 +91,11 @@ class Learner(nn.Module):
         with memories.autocast():
             out = hidden(input_ids=input_ids, use_cache=False).last_hidden_state
         out = out[:, :-1].reshape(-1, out.shape[-1])
-        if not said.all():
-            out, labels = out[said], labels[said]
-            teacher = teacher[said] if teacher is not None else None
+        if count < len(said):
+            rows = said.nonzero()[:, 0]
+            labels, rows = labels[rows], rows.to(out.device)
+            out, teacher = out[rows], teacher[rows] if teacher is not None else None
+        labels = labels.to(out.device)
         share = count * ranks.world() / max(1, all_said)  # so that a token weighs the same everywhere
         parts = {"ce": self.loss.ce, "kl": self.loss.kl} if teacher is not None else {"ce": 1.0, "kl": 0.0}
         cap = getattr(memories.base.config, "final_logit_softcapping", None)

@@ -38,7 +38,7 @@ class _State:
 
 
 def join(shard: bool = False) -> None:
-    """Takes the place that a launcher gave this process; without one, does nothing.
+    """Takes the place that a launcher gave this process; without one, nothing but what accelerate is told.
 
     Args:
         shard: Share out the frozen model while training (`sharding`).
@@ -46,6 +46,8 @@ def join(shard: bool = False) -> None:
     Raises:
         KoffError: The launcher's variables are no numbers, or there is nobody to share with.
     """
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]  # DeepSpeed, torch.compile and the like are of others' training loops
     try:
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     except ValueError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +49,8 @@ class TaskSource:
     Attributes:
         path: Variant below FOLDER.
         licence: Of the data set.
-        metric: acc (highest log-likelihood), acc_norm (per byte), or exact (a cloze: greedy decoding gives
-            the word).
+        metric: acc (highest log-likelihood), acc_norm (the same per character, as lm-eval has it), or exact
+            (a cloze: greedy decoding gives the word).
     """
 
     path: str
@@ -159,16 +159,22 @@ def _items(run: Run, name: str, limit: int) -> Path:
 
 def trained_on(run: Run, texts: Sequence[str]) -> list[bool]:
     """Of every text, whether it shares GRAM tokens in a row with the run's training text."""
-    grams: set[tuple[int, ...]] = set()
-    for blocks in run.domains.values():
-        for window in tokens(blocks.train).tolist():
-            grams.update(tuple(window[i : i + GRAM]) for i in range(len(window) - GRAM + 1))
-    result = []
-    for text in texts:
-        # a text's first token may be split otherwise inside a document: the rest is what counts
-        ids = run.dense.tokenizer(text, add_special_tokens=False)["input_ids"]
-        result.append(any(tuple(ids[i : i + GRAM]) in grams for i in range(len(ids) - GRAM + 1)))
-    return result
+    # a text's first token may be split otherwise inside a document: the rest is what counts
+    coded = [run.dense.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    # these are few, and those of the training text many
+    wanted = {gram for ids in coded for gram in _grams(ids)}
+    seen = {
+        gram
+        for blocks in run.domains.values()
+        for window in tokens(blocks.train).tolist()
+        for gram in _grams(window)
+        if gram in wanted
+    }
+    return [any(gram in seen for gram in _grams(ids)) for ids in coded]
+
+
+def _grams(ids: list[int]) -> Iterator[tuple[int, ...]]:
+    return (tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1))
 
 
 def _general_windows(run: Run, limit: int) -> torch.Tensor:

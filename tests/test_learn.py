@@ -328,6 +328,13 @@ def test_a_second_signal_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_signal_that_another_process_told_of_first_is_no_second_one() -> None:
+    with interrupt.Interruption() as interruption:
+        interruption.ask()
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.asked
+
+
 def test_windows_are_shuffled_passes_over_every_domain() -> None:
     order = DomainWindows(WINDOWS, 6, BATCH, 0)
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in WINDOWS}

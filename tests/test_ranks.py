@@ -300,11 +300,14 @@ def test_what_may_befall_one_process_alone_it_tells_itself(tmp_path: Path) -> No
     assert done.returncode == 2 and done.stderr.startswith("error: --device"), done.stderr
 
 
-def test_without_a_launcher_nothing_is_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_launcher_nothing_is_shared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     tensor = torch.ones(3)
     ranks.share_mean([tensor])
     assert (ranks.world(), ranks.rank()) == (1, 0) and tensor.tolist() == [1, 1, 1]
     assert ranks.agree(False) is False and ranks.any_of(True) is True
     recipe = recipe_of(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # of a launcher's own configuration
     assert koff_prune(capsys, "plan", recipe, "--out", tmp_path / "run").code == 0
