@@ -130,9 +130,8 @@ def open_dense(section: ModelSection, *, cache: Path | None = None, known: str |
         # one commit for all of its files: a branch may move in between
         place = folder = tokens = _snapshot(place, section.revision or known, _TEXTS)
         revision = folder.name
-        check_architecture(
-            load(AutoConfig, str(folder), name, local_files_only=True)
-        )  # before gigabytes come
+        # refused before gigabytes come
+        check_architecture(load(AutoConfig, str(folder), name, local_files_only=True))
         _snapshot(name, revision, _WEIGHTS)
         _check_folder(folder)
     mark = revision or (folder.name.partition("-")[0] if gguf else _fingerprint(folder))
