@@ -145,11 +145,8 @@ class LearnTrainer(Trainer):
         """Whether every gradient is: one that is not would be in every parameter after the next step."""
         gradients = [p.grad for p in learned]
         gradients += [self.learner.gates.gradient] if self.learner.gates is not None else []
-        flags: dict[torch.device, list[torch.Tensor]] = {}
-        for gradient in gradients:
-            if gradient is not None:
-                flags.setdefault(gradient.device, []).append(torch.isfinite(gradient).all())
-        return not ranks.any_of(not all(bool(torch.stack(those).all()) for those in flags.values()))
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        return not ranks.any_of(not torch.isfinite(norm))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW with a group for each kind of parameter; the multipliers ascend."""

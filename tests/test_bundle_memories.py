@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import koff_prune as package
 from koff_export.bundle import check_files, open_manifest, set_domain
 from koff_export.errors import KoffError
-from koff_export.files import sha256_file
+from koff_export.files import read_json, sha256_file
 from koff_export.runtime import Runtime
 from koff_export.ship import ship
 from koff_prune import attach_memory, load_backbone, load_bundle
@@ -208,6 +208,20 @@ def test_a_lora_of_another_kind_is_not_read_as_a_plain_one(bundle: Path, key: st
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(KoffError, match=f"has {key}, and a memory is a plain LoRA"):
         attach_memory(load_backbone(bundle), file.parent)
+
+
+def test_a_cache_of_no_length_is_told(bundle: Path) -> None:
+    file = bundle / "memories/law/kv.safetensors"
+    save_file({name: t[:, :1].contiguous() for name, t in load_file(file).items()}, file)
+    with pytest.raises(KoffError, match="its cache has 1 positions"):
+        attach_memory(load_backbone(bundle), file.parent)
+
+
+def test_what_was_measured_of_a_memory_goes_with_it(bundle: Path) -> None:
+    before = read_json(bundle / "koff.json")["numerics"]["onnx_logits"]
+    set_domain(bundle, "law", None)
+    assert read_json(bundle / "koff.json")["numerics"]["onnx_logits"].keys() == before.keys() - {"law"}
+    assert "law" in before
 
 
 def test_a_memory_learns_as_the_bundles_first_ones_did(

@@ -26,10 +26,12 @@ from koff_export.bundle import write_manifest
 from koff_export.cli import main as koff_run
 from koff_export.errors import KoffError
 from koff_export.files import read_json
+from koff_export.router import route
 from koff_export.runtime import Runtime
 from koff_export.ship import ship
 from koff_prune import apply, load_backbone, load_bundle
 from koff_prune.plan import Plan
+from koff_prune.router import Router
 
 MEMORIES = (None, "law", "code")
 
@@ -407,6 +409,9 @@ def test_one_memory_merged_computes_the_same_without_slots(
     with torch.no_grad():
         torch_says = load_bundle(merged)(input_ids=torch.tensor([ids])).logits[0].numpy()
     assert np.abs(torch_says - baked.logits(ids)).max() < 1e-3
+    here, there = Router(merged, torch.float32).choose_tokens(ids), route(baked, ids)  # nothing to pick
+    assert here.memory is there.memory is None and set(here.losses) == set(there.losses) == {"none"}
+    assert here.losses["none"] == pytest.approx(there.losses["none"], abs=1e-3)
     assert read_json(merged / "koff.json")["numerics"]["precision"]["int8"]["kl"] > 0
     ship(merged, tmp_path / "part", "fp32", memories=[])  # what is merged comes along
     assert greedy(Runtime.open(tmp_path / "part"), ids, None, 8) == greedy(whole, ids, "law", 8)

@@ -19,8 +19,11 @@ from test_learn import STEPS, TOKENS, WINDOWS, checksum, everything, section, st
 from koff_export.errors import KoffError
 from koff_prune.checkpoints import whole_checkpoints
 from koff_prune.compensate import Compensation
+from koff_prune.evaluate import window_losses
 from koff_prune.learn import LATE, STATE, LearnTrainer, Phase, train
 from koff_prune.learner import Learner
+from koff_prune.memory import Memories
+from koff_prune.recipe import Learn, Memory
 from koff_prune.scores import collect
 from koff_prune.seals import seal
 from koff_prune.units import KINDS, read_units
@@ -202,6 +205,17 @@ def test_checkpoints_may_come_at_other_steps_when_it_goes_on(
                 report=stop,
             )  # fmt: skip
     assert saved[-1] == f"checkpoint-{STEPS}" and int(saved[-2].removeprefix("checkpoint-")) <= 2, saved
+
+
+def test_what_is_learned_is_the_loss_that_is_measured() -> None:
+    """Also where a model caps its logits, which a head by itself knows nothing of."""
+    for cap in (None, 1.0):
+        model = tiny_model("gemma3", num_hidden_layers=1, final_logit_softcapping=cap)
+        memories = Memories(model, Memory(lora=None, kv=None), {"law": token_ids(5)}, 0)
+        window = token_ids(1, 20, seed=3)
+        learned = Learner(memories, None, None, Learn(), None)(window, torch.zeros(1, dtype=torch.long))
+        (measured,) = window_losses(memories, window, None)
+        assert float(learned) == pytest.approx(measured, rel=1e-5)
 
 
 def test_attention_is_learned_without_its_dropout(tmp_path: Path) -> None:
