@@ -16,7 +16,14 @@ from koff_prune.bundling import write_bundle
 from koff_prune.chat import tokens
 from koff_prune.compare import compare as _compare
 from koff_prune.learn import check_processes
-from koff_prune.needs import check_context, check_formats, check_merge, check_steps, dry_plan
+from koff_prune.needs import (
+    check_context,
+    check_formats,
+    check_merge,
+    check_steps,
+    check_vocabulary,
+    dry_plan,
+)
 from koff_prune.plan import even_plan
 from koff_prune.progress import say
 from koff_prune.quantise import check_installed
@@ -78,6 +85,7 @@ def _prepare(run: Run) -> None:
     if run.recipe.learn.base == "nf4":
         check_installed()
     check_steps(run.recipe.learn, run.recipe.step_batches)
+    check_vocabulary(run.units, run.recipe.structure)
     even_plan(run.units, run.recipe.structure)
     check_formats(run.recipe, run.dense.config.to_dict())
     if "gguf" in run.recipe.export.formats:

@@ -67,6 +67,7 @@ class Units:
         block_parameters: Those of the decoder layers alone.
         hidden_size: Width of the residual stream.
         divisor_heads: Whether a uniform head count must divide `hidden_size` (stock Llama refuses others).
+        trimmed: Parameters that left before with tokens (`structure.vocabulary`): `parameters` is without.
     """
 
     layers: tuple[LayerUnits, ...]
@@ -74,10 +75,15 @@ class Units:
     block_parameters: int
     hidden_size: int
     divisor_heads: bool
+    trimmed: int = 0
 
     def denominator(self, of: str) -> int:
         """Parameters that a sparsity is a share of: `total` or `blocks`."""
-        return self.parameters if of == "total" else self.block_parameters
+        return self.parameters + self.trimmed if of == "total" else self.block_parameters
+
+    def gone(self, of: str) -> int:
+        """Those of them that left before any unit."""
+        return self.trimmed if of == "total" else 0
 
 
 def check(config: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from koff_export.files import read_json
 from koff_prune.evaluate import perplexities
+from koff_prune.losses import heldout_counts
 from koff_prune.pages import infinite
 from koff_prune.plan import Plan
 
@@ -22,12 +23,15 @@ def card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> st
     beside = (
         f"with the memory of {merge} in it" if merge else f"with {'' if domains else 'no '}memories beside it"
     )
+    kept, tokens = run.dense.config.vocab_size, run.whole.config.vocab_size
     lines = [
         "---", "library_name: koff-prune", *([f"base_model: {name}"] if on_hub else []), "---", "",
         f"# {name}, {plan.removed}", "",
         f"A backbone of {plan.parameters['slim']:,} parameters (dense: {plan.parameters['dense']:,}) cut by"
         f" koff-prune (KOFF, arXiv 2605.29075), {beside}."
-        + (" What all domains recovered together is part of it." if run.recipe.cut.recover else ""), "",
+        + (" What all domains recovered together is part of it." if run.recipe.cut.recover else "")
+        + (f" It has {kept:,} of {tokens:,} tokens, those that its domains use, and reads others in pieces."
+           if kept < tokens else ""), "",
     ]  # fmt: skip
     lines += ["The licence of the dense model holds for it too: add it where it does not lie here.", ""]
     if domains and not merge:
@@ -41,7 +45,7 @@ def card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> st
     ]
     table = [("with its memory", "losses.json"), ("memories off", "losses-off.json")][: 1 if merge else 2]
     found = [(label, infinite(read_json(run.folder / f))) for label, f in table if (run.folder / f).exists()]
-    counts = {name: blocks.heldout_counts for name, blocks in run.domains.items()}
+    counts = heldout_counts(run)
     if found:
         columns = [merge] if merge else [*found[0][1], "gmean"]
         lines += ["", "Perplexity on held-out text, measured then:", "", f"| | {' | '.join(columns)} |",

@@ -10,6 +10,7 @@ from koff_prune.arms import Arm, main_arm
 from koff_prune.checkpoints import read_log
 from koff_prune.evaluate import perplexities
 from koff_prune.leaks import sentences, shared_text
+from koff_prune.losses import heldout_counts, losses_of, trimmed_losses
 from koff_prune.memory import kind_of, load_memory
 from koff_prune.needs import steps_of_both
 from koff_prune.report import render_table, write_report
@@ -18,7 +19,6 @@ from koff_prune.stages import (
     arm_of,
     learn_arm,
     load_gates,
-    losses_of,
     overlap,
     plan_arm,
     start_of,
@@ -91,13 +91,17 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
         kind = kind_of(first)
         size = sum(t.numel() for part in first.values() for t in part.values())
     needs_scores = arm.method not in ("dense", "magnitude", "random") or arm.compensate != "none"
-    counts = {name: b.heldout_counts for name, b in run.domains.items()}
+    counts = heldout_counts(run)
     times = read_json(folder / "times.json") if (folder / "times.json").exists() else {}
     tokens = {
         "score": sum(b.scoring.numel() for b in run.domains.values()) if needs_scores else 0,
         "learn": learned if arm.method == "koff" else 0,
         "settle": 0 if arm.trained_with == "none" else settled if joint else alone,
     }
+    units, of = run.units, recipe.structure.of
+    gone, backbone = units.gone(of) / units.denominator(of), units.parameters
+    if arm == Arm("dense"):  # this row alone has every token
+        gone, backbone = 0.0, units.denominator("total")
     row: dict[str, Any] = {
         "method": arm.method,
         "ranking": arm.ranking,
@@ -109,8 +113,8 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
         "swap": None,
         "sparsity": {
             "target": plan.target if plan else 0.0,
-            "realised": plan.realised if plan else 0.0,
-            "of": recipe.structure.of,
+            "realised": plan.realised if plan else gone,
+            "of": of,
         },
         "plan": plan.digest if plan else None,
         "seed": recipe.seed,
@@ -118,7 +122,7 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
         "perplexity": perplexities(losses, counts),
         "eval": {"window": recipe.evaluate.window,
                  "tokens_per_domain": min(b.heldout.numel() for b in run.domains.values())},
-        "parameters": {"backbone": plan.parameters["slim"] if plan else run.units.parameters, "memory": size},
+        "parameters": {"backbone": plan.parameters["slim"] if plan else backbone, "memory": size},
         "seconds": round(sum(times.values()), 1),
         "nll": losses,
         "counts": counts,
@@ -160,6 +164,8 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
     begun, now = read_json(run.folder / "run.json")["versions"], versions()
     changed = [f"{name} {begun.get(name)} to {v}" for name, v in now.items() if begun.get(name) != v]
     notes = sentences(shared_text(run.domains))
+    if recipe.structure.vocabulary is not None:
+        notes.append(_vocabulary(run, rows[0]))
     notes += [f"Rows were made under different versions: {', '.join(changed)}."] if changed else []
     write_report(
         run.folder,
@@ -171,6 +177,18 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
         overlap=shared,
         plans=plans,
         log=log,
+    )
+
+
+def _vocabulary(run: Run, dense: dict[str, Any]) -> str:
+    """How many tokens stay, and what that alone costs."""
+    whole, kept = run.whole.config.vocab_size, run.dense.config.vocab_size
+    found = perplexities(trimmed_losses(run), heldout_counts(run))["gmean"]
+    share = run.units.trimmed / run.units.denominator("total")
+    return (
+        f"{kept:,} of {whole:,} tokens stay ({share:.1%} of all parameters leave with the others): that alone"
+        f" makes the dense model's perplexity {found:.2f} instead of {dense['perplexity']['gmean']:.2f}."
+        " Perplexities are by the dense model's own tokens."
     )
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DomainBlocks",
     "Sides",
+    "count_tokens",
     "documents",
     "load_blocks",
     "load_domain",
@@ -41,6 +42,7 @@ __all__ = [
 _MANY = 4  # passes over a domain's text above which more of the same is worth a word
 _BATCH = 32  # pieces tokenised at once
 _FEW = 1024  # pieces that are looked at in any case
+_COUNTED, _COUNTED_PIECE = 5_000_000, 4096  # tokens that tell of a vocabulary; characters of their pieces
 _PIECE = 8  # characters of a piece for every token of a window, so that most windows lie within one piece
 
 
@@ -170,6 +172,19 @@ def load_domain(
         digest=sides.digest,
         documents={**sides.counts, **used},
     )
+
+
+def count_tokens(
+    name: str, domain: Domain, tokenizer: PreTrainedTokenizerBase, most: int = _COUNTED
+) -> torch.Tensor:
+    """How often each token occurs in (at `most` so many tokens of) the training text, int64 [vocabulary].
+
+    Raises:
+        KoffError: As `split_documents`.
+    """
+    texts = split_documents(name, domain, seed=0).train
+    ids, _ = _stream(texts, tokenizer, most, _COUNTED_PIECE, 0, None)
+    return tokens(ids).bincount(minlength=len(tokenizer))
 
 
 def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None = None) -> Sides:

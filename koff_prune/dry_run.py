@@ -11,6 +11,10 @@ from koff_prune.needs import NOT_BOTH, Needs, dry_plan, memory_parameters, needs
 from koff_prune.recipe import Recipe
 
 GIB = 2**30
+_TOKENS = (
+    "Told as if every token stayed: what structure.vocabulary takes is known when the text is read, and units"
+    " make up the rest."
+)
 
 
 def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0, shard: bool = False) -> None:
@@ -52,6 +56,7 @@ def describe(recipe: Recipe, devices: int | None = None, tflops: float = 100.0, 
         f"for {len(recipe.domains)} domains     {memory * len(recipe.domains):>15,} parameters",
         *([f"RAM while learning, about {need.host / GIB:.1f} GiB"] if devices is None else []),
         "Widths are even here; the learned plan moves them between layers.",
+        *([_TOKENS] if recipe.structure.vocabulary is not None else []),
     ]
     if devices is not None:
         lines += ["", *_on_devices(recipe, need, devices, tflops)]

@@ -276,11 +276,11 @@ class Gates(nn.Module):
 
     def expected_sparsity(self) -> torch.Tensor:
         """Share of parameters expected to be removed: of the draw's distribution, or of the hard mask."""
-        whole = self.units.denominator(self.structure.of)
+        whole, gone = self.units.denominator(self.structure.of), self.units.gone(self.structure.of)
         if self.form == "hard_concrete":
             open_ = torch.sigmoid(self.alpha - BETA * math.log(-GAMMA / ZETA))
-            return (self.cost * (1 - open_)).sum() / whole
-        return (self.cost * (1 - self.draw().detach().round())).sum() / whole
+            return (gone + (self.cost * (1 - open_)).sum()) / whole
+        return (gone + (self.cost * (1 - self.draw().detach().round())).sum()) / whole
 
     def penalty(self) -> torch.Tensor:
         """lambda_1 (s - t) + lambda_2 (s - t)^2 in nats; 0 for straight-through gates, which meet t exactly.
@@ -293,7 +293,8 @@ class Gates(nn.Module):
             closed = self.cost * (1 - torch.sigmoid(self.alpha - BETA * math.log(-GAMMA / ZETA)))
             layers = [torch.stack([closed[a:b].sum() for i, _, a, b in self.slots if i == n]).sum()
                       for n in range(len(self.units.layers))]  # fmt: skip
-            miss = torch.stack(layers) * len(layers) / self.units.denominator(self.structure.of) - self.target
+            whole, gone = self.units.denominator(self.structure.of), self.units.gone(self.structure.of)
+            miss = (torch.stack(layers) * len(layers) + gone) / whole - self.target
         else:
             miss = (self.expected_sparsity() - self.target)[None]
         return self.lagrange[0] * miss.mean() + self.lagrange[1] * miss.square().mean()

@@ -10,8 +10,8 @@ from typing import Any
 from koff_export.errors import KoffError
 from koff_export.limits import check_fused, check_gguf, check_portable
 from koff_prune.architecture import Units, config_of, native_dtype, units_of_config
-from koff_prune.plan import Plan, even_plan
-from koff_prune.recipe import Learn, Lora, Recipe
+from koff_prune.plan import TOLERANCE, Plan, even_plan
+from koff_prune.recipe import Learn, Lora, Recipe, Structure
 
 NOT_BOTH = "learn.base: {} cannot be shared out too; leave --shard away, or set full"
 LOGITS = {"cpu": 2**24}  # bytes of float32 logits that exist at one time: on a CPU, as few as cost no speed
@@ -37,7 +37,13 @@ def dry_plan(recipe: Recipe) -> dict[str, Any]:
     check_steps(recipe.learn, recipe.step_batches)
     check_formats(recipe, config)
     units = units_of_config(config)
-    return {"units": units, "plan": even_plan(units, recipe.structure), "config": config}
+    try:
+        plan = even_plan(units, recipe.structure)
+    except KoffError as error:
+        if recipe.structure.vocabulary is None:
+            raise
+        raise KoffError(f"{error}; what structure.vocabulary takes is known when the text is read") from error
+    return {"units": units, "plan": plan, "config": config}
 
 
 def steps_of(tokens: int, learn: Learn, batches: int) -> int:
@@ -66,6 +72,16 @@ def check_steps(learn: Learn, batches: int) -> None:
                 f" {learn.batch} x the {batches} that the domains' weights sum up to): raise it, lower one of"
                 " these, or set 0"
             )
+
+
+def check_vocabulary(units: Units, structure: Structure) -> None:
+    """Raises KoffError where more leaves with tokens than is to be removed at all."""
+    share = units.gone(structure.of) / units.denominator(structure.of)
+    if share > structure.sparsity + TOLERANCE:
+        raise KoffError(
+            f"structure.sparsity {structure.sparsity}: {share:.4f} of {structure.of} leave with tokens alone"
+            f" (structure.vocabulary {structure.vocabulary}); raise it, or the other, or set `of: blocks`"
+        )
 
 
 def check_merge(recipe: Recipe, merge: str | None) -> None:

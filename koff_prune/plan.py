@@ -167,8 +167,8 @@ def make_plan(
         KoffError: Nothing reachable lies within 0.002 of the target.
     """
     kept = choose(scores, units, structure, structure.sparsity, per_layer=ranking == "per_layer")
-    whole = units.denominator(structure.of)
-    realised = removed_parameters(kept, units) / whole
+    whole, gone = units.denominator(structure.of), units.gone(structure.of)
+    realised = (gone + (lost := removed_parameters(kept, units))) / whole
     if abs(realised - structure.sparsity) > TOLERANCE:
         step = TOLERANCE * 0.05
         other = realised
@@ -177,7 +177,7 @@ def make_plan(
             if not 0 < target < 1:
                 break
             near = choose(scores, units, structure, target, per_layer=ranking == "per_layer")
-            other = removed_parameters(near, units) / whole
+            other = (gone + removed_parameters(near, units)) / whole
             if other != realised:
                 break
         setting = f"units {structure.units}, round_to {structure.round_to}, widths {structure.widths}"
@@ -205,7 +205,7 @@ def make_plan(
         realised=realised,
         widths=structure.widths,
         round_to=structure.round_to,
-        parameters={"dense": units.parameters, "slim": units.parameters - removed_parameters(kept, units)},
+        parameters={"dense": units.denominator("total"), "slim": units.parameters - lost},
         layers=kept,
     )
 
@@ -220,7 +220,7 @@ def choose(
     to within `TOLERANCE`, as many groups more or fewer go as it takes.
     """
     whole = units.denominator(structure.of)
-    budget = target * whole
+    budget = max(0.0, target * whole - units.gone(structure.of))
     if per_layer and structure.widths != "uniform":
         kept = all_kept(units)
         _take_evenly(kept, scores, units, structure, budget)

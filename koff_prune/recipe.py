@@ -201,6 +201,15 @@ class Structure(Section):
         description="uniform opens in stock transformers, and Qwen in llama.cpp (Llama does with either).",
     )
     round_to: Int = Field(default=8, ge=1, le=1024, description="FFN widths are multiples of this.")
+    vocabulary: Float | None = Field(
+        default=None,
+        ge=0.5,
+        le=1,
+        description="Keep the tokens that make this share of every domain's training text, such as 0.999, and"
+        " those these are made of; or none: keep all. What leaves counts for a sparsity of total.",
+    )
+
+    _none = field_validator("vocabulary", mode="before")(none_in_words)
 
     @field_validator("units")
     @classmethod
@@ -208,6 +217,10 @@ class Structure(Section):
         if len(set(value)) < len(value):
             raise ValueError("names a unit twice; keep one")
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return with_none(handler.resolve_ref_schema(handler(core)), "vocabulary")
 
 
 class Cut(Section):

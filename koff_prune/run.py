@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from koff_export.files import (
     read_json,
     recover,
     recover_below,
+    staged_dir,
     write_json,
     write_text,
 )
@@ -193,7 +195,36 @@ class Run:
 
     @cached_property
     def dense(self) -> Dense:
-        """The dense model as the recipe names it; see `fresh` for one that may be changed."""
+        """The dense model, with the tokens that the recipe keeps; see `fresh` for one that may be changed."""
+        if self.recipe.structure.vocabulary is None:
+            return self.whole
+        from koff_prune.seals import check_seal
+        from koff_prune.vocabulary import trimmed
+
+        folder = self.folder / "vocabulary"
+        with ranks.turn():
+            if not folder.exists():
+                self._trim_vocabulary(folder)
+        check_seal(folder, str(folder))
+        return trimmed(self.whole, folder)
+
+    def _trim_vocabulary(self, folder: Path) -> None:
+        from koff_prune.domains import count_tokens
+        from koff_prune.seals import seal
+        from koff_prune.vocabulary import write_vocabulary
+
+        coverage, counts = self.recipe.structure.vocabulary, {}
+        assert coverage is not None
+        for name, domain in self.recipe.domains.items():
+            say(f"domain {name}: counting tokens")
+            counts[name] = count_tokens(name, domain, self.whole.tokenizer)
+        with staged_dir(folder) as aside:
+            write_vocabulary(self.whole, counts, coverage, aside)
+            seal(aside, folder.name)
+
+    @cached_property
+    def whole(self) -> Dense:
+        """The dense model as the recipe names it, with every token."""
         from koff_prune.models import open_dense
 
         say(f"model: {_short(self.recipe.model.source)}")
@@ -220,7 +251,10 @@ class Run:
         """The units of the dense model."""
         from koff_prune.units import read_units
 
-        return read_units(self.dense.outline())
+        units, dense = read_units(self.dense.outline()), self.dense.config
+        gone = self.whole.config.vocab_size - dense.vocab_size  # tokens, in the embedding and the head
+        copies = 1 if dense.tie_word_embeddings else 2
+        return replace(units, trimmed=gone * units.hidden_size * copies)
 
     @property
     def model_identity(self) -> dict[str, Any]:

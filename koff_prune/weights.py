@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,9 +49,11 @@ class Weights:
 
     Attributes:
         entries: By name, file after file, as they are stored.
+        rows: Of the embedding and the head, which are there for a reader; None: all.
     """
 
     entries: dict[str, Entry]
+    rows: torch.Tensor | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Weights:
@@ -77,6 +79,14 @@ class Weights:
             }
         return cls(entries)
 
+    def with_rows(self, rows: torch.Tensor) -> Weights:
+        """The same with these rows alone of the embedding and the head, int64 [tokens]."""
+        entries = {
+            name: replace(entry, shape=(len(rows), *entry.shape[1:])) if name in (EMBEDDINGS, HEAD) else entry
+            for name, entry in self.entries.items()
+        }
+        return Weights(entries, rows)
+
     @property
     def files(self) -> list[Path]:
         """The files that hold them."""
@@ -98,6 +108,8 @@ class Weights:
             with safe_open(file, framework="pt") as opened:
                 here = (name for name in wanted if self.entries[name].file == file)
                 result.update({name: opened.get_tensor(name) for name in here})
+        if self.rows is not None:
+            result |= {name: result[name][self.rows] for name in {EMBEDDINGS, HEAD} & set(result)}
         return {name: result[name] for name in wanted}
 
     def one_by_one(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 
@@ -51,3 +51,32 @@ def jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
     text = "".join(json.dumps(r) + "\n" for r in records)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
+
+
+def trained_tokenizer(texts: list[str], size: int, *, pieces: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding trained on `texts`: on bytes (Llama 3, Qwen), or on `pieces` (Gemma, Llama 2).
+
+    0 is <bos>, 1 is <eos>, 2 is <unused0>, 3 is <sep>.
+    """
+    special = ["<bos>", "<eos>", "<unused0>", "<sep>"]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=pieces, unk_token="<eos>" if pieces else None))
+    letters: list[str] = []
+    if pieces:
+        special += [f"<0x{n:02X}>" for n in range(256)]
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+    else:
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=letters, show_progress=False
+    )
+    tokenizer.train_from_iterator([part for text in texts for part in text.splitlines(True)], trainer)
+    if pieces:  # bytes are no special tokens
+        made = json.loads(tokenizer.to_str())
+        made["added_tokens"] = made["added_tokens"][:4]
+        tokenizer = Tokenizer.from_str(json.dumps(made))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")

@@ -1,0 +1,374 @@
+"""Trimmed vocabularies: which tokens stay, that text is read as before, and the road through a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from model_helpers import SHAPES, TIED, tiny_config, token_ids
+from run_helpers import koff_prune, mistake, recipe_of
+from text_helpers import save_tiny_model, tiny_tokenizer, trained_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+from koff_prune.chat import tokens
+from koff_prune.cut import cut_on_disk, load_backbone
+from koff_prune.models import Dense, open_dense
+from koff_prune.plan import make_plan
+from koff_prune.recipe import ModelSection, Structure
+from koff_prune.scores import score_units
+from koff_prune.units import read_units
+from koff_prune.vocabulary import KEPT, covering, trim_tokenizer, trimmed, whole_windows, write_vocabulary
+from koff_prune.weights import EMBEDDINGS, HEAD, Weights
+
+DOCS = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].glob("docs/*.md"))]
+STRANGE = [
+    "naïve Ünïcode — “quotes”",
+    "日本語のテキスト",
+    "🙂🙃 emoji",
+    "  two  spaces\n\n\ttabs",
+    "",
+    "<unused0>",
+]
+KINDS = {"bytes": False, "pieces": True}
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return found
+
+
+def reopened(tokenizer: PreTrainedTokenizerFast, folder: Path, wanted: set[int]) -> tuple[Any, list[int]]:
+    tokenizer.save_pretrained(folder)
+    kept = trim_tokenizer(folder, wanted, [0])
+    return AutoTokenizer.from_pretrained(folder), kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_of_kept_tokens_is_read_as_before_and_any_other_stays_whole(kind: str, tmp_path: Path) -> None:
+    whole = trained_tokenizer(DOCS, 2000, pieces=KINDS[kind])
+    lines = [line for doc in DOCS for line in doc.splitlines()]
+    wanted = {token for line in lines[::7] for token in ids_of(whole, line)}
+    small, kept = reopened(whole, tmp_path / "small", wanted)
+    assert len(small) == len(kept) < len(whole)
+    same = [line for line in lines if set(ids_of(whole, line)) <= set(kept)]
+    assert len(same) > len(lines) // 7  # not only those that were asked for
+    other = [line for line in lines if line not in same]
+    assert other
+    for line in same:
+        assert [kept[token] for token in ids_of(small, line)] == ids_of(whole, line)
+    for line in [*other, *STRANGE]:
+        assert len(ids_of(small, line)) >= len(ids_of(whole, line))
+        assert small.decode(ids_of(small, line)) == whole.decode(ids_of(whole, line)) == line
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_its_merges_pass_through_stays_with_a_token(kind: str, tmp_path: Path) -> None:
+    whole = trained_tokenizer(DOCS, 2000, pieces=KINDS[kind])
+    longest = max(range(len(whole)), key=lambda token: len(whole.convert_ids_to_tokens(token)))
+    text = whole.decode([longest])
+    small, kept = reopened(whole, tmp_path / "small", {longest})
+    assert [kept[token] for token in ids_of(small, text)] == [longest] == ids_of(whole, text)
+
+
+def test_tokens_with_a_part_to_play_stay_and_spare_ones_go(tmp_path: Path) -> None:
+    whole = trained_tokenizer(DOCS, 500)
+    small, kept = reopened(whole, tmp_path / "small", {400})
+    assert (small.bos_token, small.eos_token) == ("<bos>", "<eos>")
+    assert {0, 1, 3} <= set(kept)
+    assert 2 not in kept
+    assert small("<sep>")["input_ids"] == [kept.index(3)]
+    assert "<unused0>" not in small.get_vocab()
+
+
+def test_what_a_tokenizer_puts_in_front_is_numbered_anew(tmp_path: Path) -> None:
+    made = json.loads(trained_tokenizer(DOCS, 500).backend_tokenizer.to_str())
+    special = {"<sep>": {"id": "<sep>", "ids": [3], "tokens": ["<sep>"]}}
+    parts = [{"SpecialToken": {"id": "<sep>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*parts, {"Sequence": {"id": "B", "type_id": 1}}]
+    template = {"type": "TemplateProcessing", "single": parts, "pair": pair, "special_tokens": special}
+    made["post_processor"] = {"type": "Sequence", "processors": [template]}
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)), bos_token="<bos>", eos_token="<eos>"
+    )
+    small, kept = reopened(whole, tmp_path / "small", {300})
+    assert [kept[token] for token in small("a")["input_ids"]] == whole("a")["input_ids"]
+
+
+def test_whole_words_that_no_merge_makes_stay_whole(tmp_path: Path) -> None:
+    made = json.loads(trained_tokenizer(DOCS, 500).backend_tokenizer.to_str())
+    made["model"]["ignore_merges"] = True  # as Llama 3's
+    made["model"]["vocab"]["xyzzy"] = 500
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)), bos_token="<bos>", eos_token="<eos>"
+    )
+    assert ids_of(whole, "xyzzy") == [500]
+    small, kept = reopened(whole, tmp_path / "small", {500})
+    assert [kept[token] for token in ids_of(small, "xyzzy")] == [500]
+
+
+def test_other_kinds_of_tokenizers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path, structure={"vocabulary": 1.0})
+    letters = [(chr(n), -1.0) for n in range(32, 127)]
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("<eos>", 0.0), *letters], unk_id=0))
+    PreTrainedTokenizerFast(
+        tokenizer_object=unigram, eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    answer = koff_prune(capsys, "learn", recipe, "--out", tmp_path / "run")
+    mistake(answer, "structure.vocabulary", "byte-pair", "leave it out")
+    assert not (tmp_path / "run" / "vocabulary").exists()
+
+
+def test_the_fewest_tokens_cover_every_domain() -> None:
+    counts = {"a": torch.tensor([90, 9, 1, 0, 0]), "b": torch.tensor([0, 1, 0, 999, 0])}
+    assert covering(counts, 0.9) == [0, 3]
+    assert covering(counts, 0.99) == [0, 1, 3]
+    assert covering(counts, 1.0) == [0, 1, 2, 3]
+
+
+def opened(folder: Path, shape: str = "llama") -> tuple[Dense, Dense]:
+    """A tiny dense model that was saved, and the same with every second token."""
+    family, options = SHAPES[shape]
+    save_tiny_model(folder / "model", tiny_config(family, **options))
+    dense = open_dense(ModelSection(source=str(folder / "model"), dtype="float32"))
+    (folder / "vocabulary").mkdir()
+    dense.tokenizer.save_pretrained(folder / "vocabulary")
+    trim_tokenizer(folder / "vocabulary", [], [])
+    kept = sorted(
+        {*range(0, 258, 2), 1}
+    )  # the tiny tokenizer's tokens are bytes, which all stay: here alone not
+    (folder / "vocabulary" / KEPT).write_text(json.dumps(kept))
+    return dense, trimmed(dense, folder / "vocabulary")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_trimmed_model_says_what_the_dense_one_says_of_the_tokens_that_stay(
+    shape: str, tmp_path: Path
+) -> None:
+    dense, small = opened(tmp_path, shape)
+    kept = torch.tensor(json.loads((tmp_path / "vocabulary" / KEPT).read_text()))
+    ids = token_ids(2, 9) % len(kept)
+    with torch.no_grad():
+        expected = dense.model(kept[ids]).logits[..., kept]
+        assert torch.equal(small.model(ids).logits, expected)
+    assert small.config.vocab_size == small.model.config.vocab_size == len(kept)
+    assert small.config_sha256 != dense.config_sha256
+    assert dense.model.config.vocab_size == 258, "the dense model is as it was"
+    assert small.weights is not None
+    assert small.weights.fit(small.skeleton())
+    state = small.model.state_dict()
+    for name, tensor in small.weights.read().items():
+        assert torch.equal(tensor, state[name]), name
+    tied = dense.config.tie_word_embeddings
+    gone = (258 - len(kept)) * 32 * (1 if tied else 2)
+    assert read_units(small.outline()).parameters == read_units(dense.outline()).parameters - gone
+
+
+def test_a_trimmed_model_is_cut_from_disk_to_disk_as_in_memory(tmp_path: Path) -> None:
+    dense, small = opened(tmp_path, "qwen3")
+    units, structure = read_units(small.outline()), Structure(sparsity=0.2, round_to=1)
+    identity = {"source": "", "revision": None, "config_sha256": ""}
+    scores = score_units("magnitude", small.outline(), units, structure, None, 0, small.weights)
+    plan = make_plan(scores, units, structure, model=identity, method="magnitude", ranking="global")
+    assert small.weights is not None
+    cut_on_disk(small.skeleton, small.weights, plan, tmp_path / "slim")
+    backbone = load_backbone(tmp_path / "slim")
+    stored = Weights.open(tmp_path / "slim").read([EMBEDDINGS, HEAD])
+    assert torch.equal(stored[EMBEDDINGS], small.model.model.embed_tokens.weight)
+    assert torch.equal(stored[HEAD], small.model.lm_head.weight)
+    assert backbone.config.vocab_size == small.config.vocab_size
+    assert backbone.num_parameters() == plan.parameters["slim"]
+
+
+def test_ids_of_configurations_are_numbered_anew(tmp_path: Path) -> None:
+    tokenizer = trained_tokenizer(DOCS, 400)
+    save_tiny_model(tmp_path / "model", tiny_config(vocab_size=400, eos_token_id=[1, 3], pad_token_id=3))
+    tokenizer.save_pretrained(tmp_path / "model")
+    generation = {"eos_token_id": [1, 3], "bos_token_id": 0, "suppress_tokens": [2, 399], "pad_token_id": 3}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
+    dense = open_dense(ModelSection(source=str(tmp_path / "model"), dtype="float32"))
+    (tmp_path / "small").mkdir()
+    counts = {"a": torch.zeros(400, dtype=torch.long).index_fill(0, torch.tensor([399]), 5)}
+    write_vocabulary(dense, counts, 1.0, tmp_path / "small")
+    small = trimmed(dense, tmp_path / "small")
+    kept = json.loads((tmp_path / "small" / KEPT).read_text())
+    sep = kept.index(3)
+    assert small.config.eos_token_id == [1, sep]
+    assert small.config.pad_token_id == sep
+    for model in (small.model, small.skeleton()):
+        told = model.generation_config
+        assert told.eos_token_id == [1, sep]
+        assert told.suppress_tokens == [kept.index(399)]
+        assert model.get_input_embeddings().padding_idx == sep
+
+
+def test_two_vocabularies_of_one_size_are_two_networks(tmp_path: Path) -> None:
+    _, small = opened(tmp_path)
+    kept = json.loads((tmp_path / "vocabulary" / KEPT).read_text())
+    (tmp_path / "vocabulary" / KEPT).write_text(json.dumps([*kept[:-1], 257]))
+    assert trimmed(open_dense(ModelSection(source=str(tmp_path / "model"))), tmp_path / "vocabulary")
+    other = trimmed(open_dense(ModelSection(source=str(tmp_path / "model"))), tmp_path / "vocabulary")
+    assert other.config.vocab_size == small.config.vocab_size
+    assert other.config_sha256 != small.config_sha256
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_are_read_back_as_the_whole_tokenizer_reads_their_text(kind: str, tmp_path: Path) -> None:
+    whole = trained_tokenizer(DOCS, 2000, pieces=KINDS[kind])
+    texts = [" ".join(doc.split()[:60]) for doc in DOCS[:4]]
+    small, kept = reopened(whole, tmp_path / "small", set(ids_of(whole, texts[0])))
+    end = whole.eos_token_id
+    rows, expected = [], []
+    for text in texts:
+        rows.append([*ids_of(small, text), kept.index(end), *[-1 - t for t in ids_of(small, "said so")]])
+        expected.append([*ids_of(whole, text), end, *[-1 - t for t in ids_of(whole, "said so")]])
+    assert any(len(row) > len(wanted) for row, wanted in zip(rows, expected, strict=True))
+    for row, wanted in zip(rows, expected, strict=True):
+        assert whole_windows(torch.tensor([row]), kept, small, whole)[0].tolist() == wanted
+
+
+def trimmed_recipe(folder: Path, config: PretrainedConfig | None = None, **structure: Any) -> Path:
+    """A recipe in miniature whose model has 600 tokens, of which its domains use a part."""
+    config = config or tiny_config(num_hidden_layers=2, vocab_size=640, **TIED)
+    recipe = recipe_of(
+        folder, config,
+        structure={"vocabulary": 1.0, "sparsity": 0.4, **structure},
+        compare=[{"method": method, "trained_with": "same"} for method in ("dense", "magnitude")],
+        export={"formats": ["safetensors", "onnx"], "onnx": {"precision": ["fp32", "int8"]}},
+    )  # fmt: skip
+    trained_tokenizer(DOCS, 600).save_pretrained(folder / "model")
+    return recipe
+
+
+def test_a_run_with_a_trimmed_vocabulary_ends_in_a_bundle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    answer = koff_prune(capsys, "apply", trimmed_recipe(tmp_path), "--out", run)
+    assert answer.code == 0, answer.err
+    kept = json.loads((run / "vocabulary" / KEPT).read_text())
+    plan = json.loads((run / "plan.json").read_text())
+    config = json.loads((run / "bundle" / "config.json").read_text())
+    assert config["vocab_size"] == len(kept) < 600
+    assert abs(1 - plan["parameters"]["slim"] / plan["parameters"]["dense"] - 0.4) < 0.002
+    assert abs(plan["realised"] - 0.4) < 0.002
+    assert f"{len(kept)} of 640 tokens stay" in " ".join(answer.out.split())
+    assert load_backbone(run / "bundle").num_parameters() == plan["parameters"]["slim"]
+    rows = json.loads((run / "report.json").read_text())["rows"]
+    dense, koff, ceiling = rows[0], rows[1], rows[3]
+    assert dense["parameters"]["backbone"] == plan["parameters"]["dense"]
+    assert (ceiling["method"], ceiling["memory"]) == ("dense", "lora+kv")
+    gone = plan["parameters"]["dense"] - ceiling["parameters"]["backbone"]
+    assert gone == (640 - len(kept)) * 32
+    assert koff["parameters"]["backbone"] == plan["parameters"]["slim"]
+    checked = koff_prune(capsys, "verify", run / "bundle")
+    assert checked.code == 0, checked.err
+    assert f"{len(kept)} of 640 tokens" in (run / "bundle" / "README.md").read_text()
+    again = koff_prune(capsys, "compare", tmp_path / "recipe.yaml", "--out", run, "--resume")
+    assert again.code == 0, again.err
+    for row, before in zip(json.loads((run / "report.json").read_text())["rows"], rows, strict=True):
+        assert {**row, "seconds": 0} == {**before, "seconds": 0}
+
+
+def test_its_dense_row_is_the_model_as_it_came(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted by the same tokens on the same text, in whichever run."""
+    recipe = trimmed_recipe(tmp_path)
+    found = {}
+    for name, vocabulary in (("trimmed", "1.0"), ("plain", "none")):
+        answer = koff_prune(
+            capsys, "compare", recipe, "--out", tmp_path / name, "--set", "compare=[]",
+            "--set", f"structure.vocabulary={vocabulary}", "--set", "structure.sparsity=0.298",
+            "--set", "structure.of=blocks",
+        )  # fmt: skip
+        assert answer.code == 0, answer.err
+        found[name] = json.loads((tmp_path / name / "report.json").read_text())["rows"]
+    trimmed_row, plain_row = found["trimmed"][0], found["plain"][0]
+    assert trimmed_row["perplexity"]["law"] == pytest.approx(plain_row["perplexity"]["law"], rel=0.05)
+    assert trimmed_row["parameters"] == plain_row["parameters"]
+    # of the blocks alone: what left with tokens is no part of it
+    assert found["trimmed"][1]["sparsity"]["realised"] == found["plain"][1]["sparsity"]["realised"]
+    # a head without the tokens that never come is surer of the others
+    assert found["trimmed"][1]["perplexity"]["gmean"] < found["plain"][1]["perplexity"]["gmean"]
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [{"widths": "uniform", "sparsity": 0.388}, {"units": ["ffn_neurons", "kv_groups"]},
+     {"of": "blocks", "sparsity": 0.2}],
+)  # fmt: skip
+def test_every_way_to_count_meets_its_target(
+    structure: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = trimmed_recipe(tmp_path, **structure)
+    answer = koff_prune(capsys, "plan", recipe, "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert abs(plan["realised"] - plan["target"]) < 0.002
+
+
+@pytest.mark.parametrize("form", ["hard_concrete", "straight_through"])
+def test_gates_count_what_left_with_tokens(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = trimmed_recipe(tmp_path)
+    told = yaml.safe_load(recipe.read_text())
+    told["learn"]["gates"] = {"form": form, "start": "magnitude"}
+    recipe.write_text(yaml.safe_dump(told))
+    answer = koff_prune(capsys, "plan", recipe, "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    log = json.loads((tmp_path / "run" / "checkpoints" / "learning" / "log.json").read_text())
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    share = (640 - len(json.loads((tmp_path / "run" / "vocabulary" / KEPT).read_text()))) * 32
+    assert all(entry["sparsity"] >= share / plan["parameters"]["dense"] - 1e-6 for entry in log)
+    assert plan["realised"] == pytest.approx(0.4, abs=0.002)
+
+
+def test_a_target_that_tokens_alone_pass_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = koff_prune(capsys, "learn", trimmed_recipe(tmp_path, sparsity=0.1), "--out", tmp_path / "run")
+    mistake(answer, "structure.sparsity 0.1", "leave with tokens alone", "of: blocks")
+
+
+def test_a_dry_run_says_that_tokens_are_counted_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = trimmed_recipe(tmp_path, sparsity=0.1)
+    answer = koff_prune(capsys, "plan", "--dry-run", recipe)
+    assert answer.code == 0, answer.err
+    assert "structure.vocabulary" in answer.out
+    far = koff_prune(capsys, "plan", "--dry-run", recipe, "--set", "structure.sparsity=0.9")
+    mistake(far, "structure.sparsity 0.9", "structure.vocabulary")
+
+
+def test_a_share_below_a_half_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = koff_prune(capsys, "learn", trimmed_recipe(tmp_path, vocabulary=0.2), "--out", tmp_path / "run")
+    mistake(answer, "structure.vocabulary", "0.2")
+
+
+def test_a_damaged_vocabulary_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, run = trimmed_recipe(tmp_path), tmp_path / "run"
+    assert koff_prune(capsys, "plan", recipe, "--out", run).code == 0
+    kept = run / "vocabulary" / KEPT
+    kept.write_text(kept.read_text().replace("[0,", "[1,"))
+    mistake(koff_prune(capsys, "cut", recipe, "--out", run, "--resume"), str(kept), "remove", "--resume")
+
+
+def test_chats_are_counted_by_what_is_read_and_said(tmp_path: Path) -> None:
+    from koff_prune.domains import count_tokens
+    from koff_prune.recipe import Domain
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] + m['content'] + '.' }}{% endfor %}"
+    chat = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "told"}]
+    lines = "".join(
+        json.dumps({"messages": [*chat, {"role": "user", "content": f"{n}"}]}) + "\n" for n in range(30)
+    )
+    (tmp_path / "chat.jsonl").write_text(lines)
+    domain = Domain.model_validate({"source": {"path": str(tmp_path / "chat.jsonl"), "messages": "messages"}})
+    counts = count_tokens("chat", domain, tokenizer)
+    letters = tokens(torch.tensor(ids_of(tokenizer, "asktold")))
+    assert bool((counts[letters] > 0).all())
+    assert int(counts[ids_of(tokenizer, "z")[0]]) == 0
