@@ -20,7 +20,7 @@ from koff_export.errors import KoffError
 from koff_export.files import disk_errors, fsync_path, read_json, recover, staged_dir, write_json, write_text
 from koff_prune import ranks
 from koff_prune.lock import alone
-from koff_prune.needs import check_steps
+from koff_prune.needs import check_steps, check_vocabulary
 from koff_prune.pages import finite, infinite
 from koff_prune.places import differences, is_moved, local_paths
 from koff_prune.points import Point, points
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 ROWS = "rows.json"  # of a finished sub-run: its rows, with the losses of every window
 # scoring text is where the training text begins, whatever the budget
-_OF_THE_SEED = ("statistics.safetensors", "costs-surgeon.safetensors", "rows/dense_trained-none*")
+_OF_THE_SEED = (
+    "vocabulary", "statistics.safetensors", "costs-surgeon.safetensors", "rows/dense_trained-none*",
+    "rows/vocabulary",
+)  # fmt: skip
 _OF_THE_BUDGET = ("domains", "rows/dense_*")  # so much training text; the ceiling is trained on it
 
 
@@ -140,7 +143,9 @@ def _check_targets(recipe: Recipe, out: Path, asked: Sequence[Point]) -> None:
 
     with ranks.turn(), Run(first.recipe(recipe), out / first.folder, resume=True) as run:
         for sparsity in sorted(others):
-            even_plan(run.units, Point(first.seed, sparsity, None).recipe(recipe).structure)
+            structure = Point(first.seed, sparsity, None).recipe(recipe).structure
+            check_vocabulary(run.units, structure)
+            even_plan(run.units, structure)
 
 
 def _finished(out: Path) -> list[Point]:
@@ -196,7 +201,7 @@ def _compare_at(
                 if other.seed == point.seed and _is_alike(run, out / other.folder, same_budget):
                     share(out / other.folder, folder, same_budget=same_budget)
             if before:  # else there is nothing to be like, and both are read once, where they are needed
-                mine = {"weights": run.dense.fingerprint, "texts": _digests(run)}
+                mine = {"weights": run.whole.fingerprint, "texts": _digests(run)}
                 _check_alike(recipe, out, {**_told_of(out, before), point.folder: mine})
         rows = compare(its_recipe, folder, resume=True)
         with ranks.turn():
@@ -214,7 +219,7 @@ def _is_alike(run: Run, source: Path, same_budget: bool) -> bool:
 
     Of the same budget the texts, as they were read there, are shared themselves.
     """
-    mine = {**_read_object(run.folder / "run.json"), "weights": run.dense.fingerprint}
+    mine = {**_read_object(run.folder / "run.json"), "weights": run.whole.fingerprint}
     if not same_budget:
         mine["texts"] = _digests(run)
     theirs = _read_object(source / "run.json")

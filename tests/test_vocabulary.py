@@ -372,3 +372,16 @@ def test_chats_are_counted_by_what_is_read_and_said(tmp_path: Path) -> None:
     letters = tokens(torch.tensor(ids_of(tokenizer, "asktold")))
     assert bool((counts[letters] > 0).all())
     assert int(counts[ids_of(tokenizer, "z")[0]]) == 0
+
+
+def test_a_sweep_trims_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = trimmed_recipe(tmp_path, units=["ffn_neurons", "kv_groups"]), tmp_path / "sweep"
+    asked = ("compare", recipe, "--out", out, "--set", "compare=[]", "--sparsity")
+    mistake(koff_prune(capsys, *asked, "0.4,0.1"), "structure.sparsity 0.1", "tokens alone")
+    answer = koff_prune(capsys, *asked, "0.4,0.45", "--resume")
+    assert answer.code == 0, answer.err
+    assert answer.err.count("counting tokens") == 0  # the refused sweep has counted them
+    first, second = (out / "seed-0" / f"sparsity-{s}" / "vocabulary" / KEPT for s in (0.4, 0.45))
+    assert first.read_bytes() == second.read_bytes()
+    rows = json.loads((out / "sweep.json").read_text())["points"][1]["rows"]
+    assert rows[1]["realised"] == pytest.approx(0.45, abs=0.002)
