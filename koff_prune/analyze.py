@@ -18,8 +18,9 @@ from koff_export.files import write_json, write_text
 from koff_prune import chat
 from koff_prune.arms import main_arm
 from koff_prune.device import on_device
-from koff_prune.evaluate import mean_nats, perplexity, window_losses
+from koff_prune.evaluate import mean_nats, perplexity
 from koff_prune.figures import shares_by_layer
+from koff_prune.losses import predicted_tokens, text_losses
 from koff_prune.pages import finite, render
 from koff_prune.plan import Kept, make_plan
 from koff_prune.progress import bar
@@ -137,10 +138,11 @@ def _swaps(run: Run, tokens: int) -> dict[str, Any]:
     with bar("swapping memories", total) as progress:
         for text, rows in windows.items():
             losses[text] = {
-                name: window_losses(memories, rows, None if name == OFF else name, progress) for name in names
+                name: text_losses(run, memories, rows, None if name == OFF else name, progress)
+                for name in names
             }
     documents = {n: b.heldout_documents[: len(windows[n])] for n, b in run.domains.items()}
-    counts = {n: b.heldout_counts[: len(windows[n])] for n, b in run.domains.items()}
+    counts = {name: predicted_tokens(run, rows) for name, rows in windows.items()}
     wrong = {
         text: {
             name: _difference(losses[text][name], losses[text][text], documents[text], counts[text])

@@ -184,7 +184,7 @@ def count_tokens(
     """
     texts = split_documents(name, domain, seed=0).train
     ids, _ = _stream(texts, tokenizer, most, _COUNTED_PIECE, 0, None)
-    return tokens(ids).bincount(minlength=len(tokenizer))
+    return tokens(ids).bincount(minlength=max(tokenizer.get_vocab().values()) + 1)
 
 
 def split_documents(name: str, domain: Domain, *, seed: int, cache: Path | None = None) -> Sides:

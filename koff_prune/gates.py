@@ -245,7 +245,8 @@ class Gates(nn.Module):
         if step % EVERY == 0:
             self.chosen.copy_(self.alpha.detach())
         self.step.fill_(step)
-        self.target.fill_(target)
+        of = self.structure.of  # a target that rises does so from what left with tokens
+        self.target.fill_(max(target, self.units.gone(of) / self.units.denominator(of)))
         self._drawn = None
 
     def kept_now(self) -> Kept:

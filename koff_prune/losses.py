@@ -97,11 +97,16 @@ def text_losses(
     if run.dense is run.whole:
         return window_losses(memories, windows, domain, progress)
     rows = _whole(run, windows)
+    counts = _counts(rows)
     if whole:
-        return [window_losses(memories, row[None], domain, progress)[0] for row in rows]
+        return [
+            window_losses(memories, row[None], domain, progress)[0] if count else 0.0
+            for row, count in zip(rows, counts, strict=True)
+        ]
     losses = window_losses(memories, windows, domain, progress)
-    own, counted = learned_tokens(windows), _counts(rows)
-    return [value * n / m for value, n, m in zip(losses, own, counted, strict=True)]
+    return [
+        value * n / max(1, m) for value, n, m in zip(losses, learned_tokens(windows), counts, strict=True)
+    ]
 
 
 def predicted_tokens(run: Run, windows: torch.Tensor) -> list[int]:

@@ -260,6 +260,15 @@ def check_architecture(config: PretrainedConfig) -> None:
     check(config.to_dict())
 
 
+def check_embeddings(largest: int, config: PretrainedConfig) -> None:
+    """Raises KoffError where the model has no embedding for the largest token of its text."""
+    if largest >= config.vocab_size:
+        raise KoffError(
+            f"model.source: its tokenizer gives token {largest}, and the model has {config.vocab_size}"
+            " embeddings; give it the tokenizer that it was trained with"
+        )
+
+
 def config_sha256(config: PretrainedConfig) -> str:
     """Hex SHA-256 of a configuration as canonical JSON, without what does not describe the network.
 

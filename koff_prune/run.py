@@ -27,6 +27,7 @@ from koff_export.files import (
     read_json,
     recover,
     recover_below,
+    sha256_file,
     staged_dir,
     write_json,
     write_text,
@@ -176,10 +177,11 @@ class Run:
 
     def _barely_begun(self) -> bool:
         """Whether there is nothing but what a recipe says and the texts it reads; then those are removed."""
-        texts, resolved = self.folder / "domains", self.folder / "recipe.yaml"
-        if not {p.name for p in self.folder.iterdir()} <= {"run.json", ".lock", texts.name, resolved.name}:
+        texts, resolved = ("domains", "vocabulary"), self.folder / "recipe.yaml"
+        if not {p.name for p in self.folder.iterdir()} <= {"run.json", ".lock", *texts, resolved.name}:
             return False
-        shutil.rmtree(texts, ignore_errors=True)
+        for name in texts:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         resolved.unlink(missing_ok=True)
         return True
 
@@ -205,7 +207,8 @@ class Run:
         with ranks.turn():
             if not folder.exists():
                 self._trim_vocabulary(folder)
-        check_seal(folder, str(folder))
+            check_seal(folder, str(folder))
+            self._check_vocabulary(folder)
         return trimmed(self.whole, folder)
 
     def _trim_vocabulary(self, folder: Path) -> None:
@@ -220,7 +223,21 @@ class Run:
             counts[name] = count_tokens(name, domain, self.whole.tokenizer)
         with staged_dir(folder) as aside:
             write_vocabulary(self.whole, counts, coverage, aside)
+            self._check_vocabulary(aside)
             seal(aside, folder.name)
+
+    def _check_vocabulary(self, folder: Path) -> None:
+        """Notes in run.json which tokens stay; refuses others that took their place."""
+        from koff_prune.vocabulary import KEPT
+
+        told, mark = read_json(self.folder / "run.json"), sha256_file(folder / KEPT)
+        if told.get("vocabulary", mark) != mark:
+            raise KoffError(
+                f"structure.vocabulary: other tokens stay than when the run in {self.folder} began, for the"
+                " text has changed; choose another --out"
+            )
+        if "vocabulary" not in told and not ranks.rank():
+            write_json(self.folder / "run.json", {**told, "vocabulary": mark})
 
     @cached_property
     def whole(self) -> Dense:
@@ -271,6 +288,7 @@ class Run:
     def _read_domains(self) -> dict[str, DomainBlocks]:
         from koff_prune.domains import load_blocks, load_domain, save_blocks
         from koff_prune.leaks import sentences, shared_text
+        from koff_prune.models import check_embeddings
 
         result, fresh = {}, False
         folder = self.folder / "domains"
@@ -281,12 +299,7 @@ class Run:
                 blocks = load_domain(name, domain, self.dense.tokenizer, self.recipe, bos=self.dense.bos)
                 parts = (blocks.train, blocks.scoring, blocks.heldout, blocks.prefill)
                 largest = max(int(tokens(part).max()) for part in parts if part.numel())
-                known = self.dense.config.vocab_size
-                if largest >= known:
-                    raise KoffError(
-                        f"model.source: its tokenizer gives token {largest}, and the model has {known}"
-                        " embeddings; give it the tokenizer that it was trained with"
-                    )
+                check_embeddings(largest, self.dense.config)
                 folder.mkdir(exist_ok=True)
                 save_blocks(blocks, folder)
                 fresh = True

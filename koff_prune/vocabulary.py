@@ -24,14 +24,17 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from koff_export.errors import KoffError
 from koff_export.files import read_json, write_json, write_text
-from koff_prune.models import Dense, config_sha256
+from koff_prune.models import Dense, check_embeddings, config_sha256
 from koff_prune.pretrained import load
 
 KEPT = "kept.json"  # the tokens that stay, by the ids of the whole tokenizer, ascending
+_LINE, _BYTES = "<0x0A>", 4  # a line's end as a byte; the most of a character's
 MARK = "vocabulary_sha256"  # of a trimmed model's config: two of one size are not the same network
 _IDS = ("_token_id", "_token_ids", "suppress_tokens")  # what the keys of a config that hold token ids end in
+_WORDS = ("bad_words_ids", "force_words_ids", "sequence_bias")  # of several tokens each
 _SPARE = ("unused", "reserved")  # in the names of added tokens that nothing was trained on
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
+_NAMED = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")  # tokens with a name of their own
 _SLOW = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")  # tell of the whole vocabulary
 
 
@@ -45,7 +48,7 @@ def covering(counts: Mapping[str, torch.Tensor], coverage: float) -> list[int]:
     Returns:
         Ascending ids.
     """
-    share = torch.stack([count.double() / count.sum() for count in counts.values()])
+    share = torch.stack([count.double() / count.sum().clamp_min(1) for count in counts.values()])
     order = share.amax(0).sort(descending=True, stable=True).indices
     whole = torch.stack([count[order].cumsum(0) for count in counts.values()])
     need = torch.tensor([math.ceil(coverage * int(count.sum())) for count in counts.values()])
@@ -53,13 +56,14 @@ def covering(counts: Mapping[str, torch.Tensor], coverage: float) -> list[int]:
     return sorted(order[: int(enough.int().argmax()) + 1].tolist())
 
 
-def trim_tokenizer(folder: Path, wanted: Iterable[int], needed: Iterable[int]) -> list[int]:
+def trim_tokenizer(folder: Path, wanted: Iterable[int], needed: Iterable[int], rows: int) -> list[int]:
     """Takes tokens out of a saved tokenizer, in place; those that stay are numbered anew, in their order.
 
     Args:
         folder: What `save_pretrained` wrote.
         wanted: Ids that stay; with them stays what their merges pass through.
-        needed: Ids that the model's configurations name.
+        needed: Ids that configurations name; some may be none of the tokenizer's.
+        rows: Of the model's embedding; tokens from this id on have none, and go.
 
     Returns:
         All ids that stay, ascending.
@@ -78,7 +82,8 @@ def trim_tokenizer(folder: Path, wanted: Iterable[int], needed: Iterable[int]) -
             " can be trimmed; leave it out"
         )
     vocab: dict[str, int] = model["vocab"]
-    kept = _closed(model, wanted) | set(needed) | _always(data)
+    known = {*vocab.values(), *(token["id"] for token in data["added_tokens"])}
+    kept = (_closed(model, wanted) | set(needed) | _always(data)) & known & set(range(rows))
     new = {old: n for n, old in enumerate(sorted(kept))}
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     model["vocab"] = {text: new[old] for text, old in vocab.items() if old in new}
@@ -157,8 +162,12 @@ def _processors(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _trim_settings(path: Path, new: Mapping[int, int], gone: set[str]) -> None:
-    """What tokenizer_config.json tells of tokens, without those that are gone."""
+    """What tokenizer_config.json tells of tokens, without those that are gone: it would bring them back."""
     settings = read_json(path)
+    for name, told in list(settings.items()):
+        text = told.get("content") if isinstance(told, dict) else told
+        if isinstance(text, str) and text in gone:
+            del settings[name]
     if isinstance(told := settings.get("added_tokens_decoder"), dict):
         settings["added_tokens_decoder"] = {
             str(new[int(old)]): token for old, token in told.items() if int(old) in new
@@ -181,9 +190,11 @@ def write_vocabulary(dense: Dense, counts: Mapping[str, torch.Tensor], coverage:
     Raises:
         KoffError: The tokenizer cannot be trimmed.
     """
+    check_embeddings(max(int(count.nonzero()[-1]) for count in counts.values()), dense.config)
     dense.tokenizer.save_pretrained(str(folder))
     needed = {number for source in _configs(dense) for number in _token_ids(source.to_dict())}
-    kept = trim_tokenizer(folder, covering(counts, coverage), needed)
+    needed |= {n for name in _NAMED if (n := getattr(dense.tokenizer, f"{name}_token_id", None)) is not None}
+    kept = trim_tokenizer(folder, covering(counts, coverage), needed, dense.config.vocab_size)
     if len(read_back := _open_tokenizer(folder, dense.source)) != len(kept):
         raise KoffError(
             f"structure.vocabulary: the model's tokenizer has {len(read_back):,} tokens after it was trimmed"
@@ -217,6 +228,9 @@ def _renumber(config: Any, new: Mapping[int, int]) -> None:
             setattr(config, key, new.get(value))
         elif key.endswith(_IDS) and isinstance(value, list):
             setattr(config, key, [new[n] for n in value if n in new])
+        elif key in _WORDS and value is not None:
+            words = [word for word in value if all(n in new for n in word)] if key != "sequence_bias" else []
+            setattr(config, key, [[new[n] for n in word] for word in words] or None)
 
 
 def trimmed(dense: Dense, folder: Path) -> Dense:
@@ -248,7 +262,7 @@ def trimmed(dense: Dense, folder: Path) -> Dense:
     return dataclasses.replace(
         dense,
         config=config,
-        open=lambda: trim(dense.open()),
+        open=lambda: trim(dense.take()),
         skeleton=lambda: trim(dense.skeleton()),
         weights=None if dense.weights is None else dense.weights.with_rows(rows),
         tokenizer=_open_tokenizer(folder, dense.source),
@@ -284,6 +298,12 @@ def whole_windows(windows: torch.Tensor, kept: Sequence[int], trimmed: Any, whol
         Of each window, int64 [as many tokens as it takes]; without a character that its end cuts in two.
     """
     special = set(trimmed.added_tokens_decoder)
+    # one that puts a space in front of all text reads what goes on a word as if it began one: a line's end,
+    # which is a byte of its own there, stands before it instead
+    lead = whole("\n", add_special_tokens=False)["input_ids"]
+    if whole.convert_ids_to_tokens(lead) != ["▁", _LINE]:
+        lead = []
+    before = [trimmed.convert_tokens_to_ids(_LINE)] if lead else []
 
     def kind(token: int) -> tuple[bool, bool]:
         return token < 0, (token if token >= 0 else -1 - token) in special
@@ -296,10 +316,26 @@ def whole_windows(windows: torch.Tensor, kept: Sequence[int], trimmed: Any, whol
             if control:
                 found = [kept[token] for token in own]
             else:
-                text = trimmed.decode(own, clean_up_tokenization_spaces=False).strip("\ufffd")
+                text = _decoded(trimmed, _whole_characters(trimmed, own), before)
                 found = whole(
                     text, add_special_tokens=False, split_special_tokens=True, verbose=False
-                )["input_ids"]  # fmt: skip
+                )["input_ids"][len(lead) :]  # fmt: skip
             ids += [-1 - token for token in found] if read else found
         result.append(torch.tensor(ids, dtype=torch.long))
     return result
+
+
+def _decoded(tokenizer: Any, ids: list[int], before: Sequence[int] = ()) -> str:
+    return str(tokenizer.decode([*before, *ids], clean_up_tokenization_spaces=False))
+
+
+def _whole_characters(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Tokens without those of a character at either end that is cut in two."""
+    for forward in (True, False):
+        for gone in range(min(_BYTES, len(ids))):
+            rest = ids[gone:] if forward else ids[: len(ids) - gone]
+            text = _decoded(tokenizer, rest)
+            if not (text.startswith if forward else text.endswith)("\ufffd"):
+                ids = rest
+                break
+    return ids

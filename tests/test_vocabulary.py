@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from text_helpers import save_tiny_model, tiny_tokenizer, trained_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+from koff_export.errors import KoffError
 from koff_prune.chat import tokens
 from koff_prune.cut import cut_on_disk, load_backbone
 from koff_prune.models import Dense, open_dense
@@ -44,7 +46,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 def reopened(tokenizer: PreTrainedTokenizerFast, folder: Path, wanted: set[int]) -> tuple[Any, list[int]]:
     tokenizer.save_pretrained(folder)
-    kept = trim_tokenizer(folder, wanted, [0])
+    kept = trim_tokenizer(folder, wanted, [0], 10**6)
     return AutoTokenizer.from_pretrained(folder), kept
 
 
@@ -137,7 +139,7 @@ def opened(folder: Path, shape: str = "llama") -> tuple[Dense, Dense]:
     dense = open_dense(ModelSection(source=str(folder / "model"), dtype="float32"))
     (folder / "vocabulary").mkdir()
     dense.tokenizer.save_pretrained(folder / "vocabulary")
-    trim_tokenizer(folder / "vocabulary", [], [])
+    trim_tokenizer(folder / "vocabulary", [], [], 258)
     kept = sorted(
         {*range(0, 258, 2), 1}
     )  # the tiny tokenizer's tokens are bytes, which all stay: here alone not
@@ -385,3 +387,127 @@ def test_a_sweep_trims_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert first.read_bytes() == second.read_bytes()
     rows = json.loads((out / "sweep.json").read_text())["points"][1]["rows"]
     assert rows[1]["realised"] == pytest.approx(0.45, abs=0.002)
+
+
+def trimmed_to(folder: Path, tokenizer: Any, used: list[int], **config: Any) -> tuple[Dense, list[int]]:
+    """A tiny model of this tokenizer, trimmed to `used` and what has to stay."""
+    save_tiny_model(folder / "model", tiny_config(**config))
+    tokenizer.save_pretrained(folder / "model")
+    dense = open_dense(ModelSection(source=str(folder / "model"), dtype="float32"))
+    (folder / "small").mkdir()
+    count = torch.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=torch.long)
+    write_vocabulary(dense, {"a": count.index_fill(0, torch.tensor(used), 5)}, 1.0, folder / "small")
+    return trimmed(dense, folder / "small"), json.loads((folder / "small" / KEPT).read_text())
+
+
+def test_tokens_without_an_embedding_go(tmp_path: Path) -> None:
+    """As Gemma 3's image token, which its text model has no row for."""
+    tokenizer = trained_tokenizer(DOCS, 400)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
+    assert len(tokenizer) == 402
+    small, kept = trimmed_to(tmp_path, tokenizer, [399], vocab_size=400)
+    assert max(kept) == 399
+    assert len(small.tokenizer) == len(kept)
+    assert "<image>" not in small.tokenizer.get_vocab()
+    assert small.model(torch.tensor([[len(kept) - 1]])).logits.shape[-1] == len(kept)
+
+
+def test_text_without_an_embedding_is_told(tmp_path: Path) -> None:
+    with pytest.raises(KoffError, match="gives token 399, and the model has 390 embeddings"):
+        trimmed_to(tmp_path, trained_tokenizer(DOCS, 400), [399], vocab_size=390)
+
+
+def test_a_pad_token_that_is_a_reserved_one_stays(tmp_path: Path) -> None:
+    tokenizer = trained_tokenizer(DOCS, 400)
+    tokenizer.pad_token = "<unused0>"
+    small, kept = trimmed_to(tmp_path, tokenizer, [399], vocab_size=400)
+    assert 2 in kept
+    assert small.tokenizer.pad_token_id == kept.index(2)
+
+
+def test_ids_that_no_token_has_are_none(tmp_path: Path) -> None:
+    """As old Llamas' pad_token_id of -1, or an end in the padding of a vocabulary."""
+    small, kept = trimmed_to(
+        tmp_path, trained_tokenizer(DOCS, 400), [399], vocab_size=420, pad_token_id=-1, eos_token_id=[1, 410]
+    )
+    assert small.config.pad_token_id is None
+    assert small.config.eos_token_id == [kept.index(1)]
+
+
+def test_words_of_a_generation_config_are_numbered_anew(tmp_path: Path) -> None:
+    tokenizer = trained_tokenizer(DOCS, 400)
+    save_tiny_model(tmp_path / "model", tiny_config(vocab_size=400))
+    told = {"eos_token_id": 1, "bad_words_ids": [[399], [1, 2]]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(told))
+    tokenizer.save_pretrained(tmp_path / "model")
+    dense = open_dense(ModelSection(source=str(tmp_path / "model"), dtype="float32"))
+    (tmp_path / "small").mkdir()
+    count = torch.zeros(400, dtype=torch.long).index_fill(0, torch.tensor([399]), 1)
+    write_vocabulary(dense, {"a": count}, 1.0, tmp_path / "small")
+    kept = json.loads((tmp_path / "small" / KEPT).read_text())
+    assert trimmed(dense, tmp_path / "small").model.generation_config.bad_words_ids == [[kept.index(399)]]
+
+
+def prepending(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space stands in front of every text."""
+    made = json.loads(trained_tokenizer(texts, size, pieces=True).backend_tokenizer.to_str())
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    made["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]}
+    made["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)), bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "prepending"])
+def test_where_every_token_stays_windows_are_read_as_they_are(kind: str, tmp_path: Path) -> None:
+    words = [" ".join(doc.split()) for doc in DOCS]  # without line ends, which are bytes to one of them
+    if kind == "prepending":
+        whole = prepending(words, 2000)
+    else:
+        whole = trained_tokenizer(words, 2000, pieces=KINDS[kind])
+    small, kept = reopened(whole, tmp_path / "small", set(range(4, len(whole))))
+    ids = ids_of(small, words[0])
+    windows = torch.tensor([ids[n : n + 16] for n in range(0, len(ids) - 16, 16)])
+    read = whole_windows(windows, kept, small, whole)
+    # a word that a window's end cuts may be read otherwise
+    same = [
+        found.tolist()[:-3] == [kept[t] for t in row.tolist()][:-3]
+        for found, row in zip(read, windows, strict=True)
+    ]
+    assert sum(same) > 0.97 * len(same)
+
+
+def test_a_character_that_a_windows_end_cuts_is_all_that_is_left_out(tmp_path: Path) -> None:
+    whole = trained_tokenizer(DOCS, 1000, pieces=True)
+    small, kept = reopened(whole, tmp_path / "small", set(ids_of(whole, "the court")))
+    ids = ids_of(small, "the court 日本語のテキスト")
+    for cut in (1, 2):
+        (read,) = whole_windows(torch.tensor([ids[:-cut]]), kept, small, whole)
+        assert whole.decode(read.tolist()) == "the court 日本語のテキス"
+
+
+def test_a_refused_target_is_mended_in_the_same_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = trimmed_recipe(tmp_path, sparsity=0.1), tmp_path / "run"
+    mistake(koff_prune(capsys, "plan", recipe, "--out", run), "leave with tokens alone")
+    answer = koff_prune(capsys, "plan", recipe, "--out", run, "--set", "structure.sparsity=0.4")
+    assert answer.code == 0, answer.err
+
+
+def test_a_vocabulary_that_is_made_again_of_other_text_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = trimmed_recipe(tmp_path), tmp_path / "run"
+    assert koff_prune(capsys, "learn", recipe, "--out", run).code == 0
+    kept = (run / "vocabulary" / KEPT).read_bytes()
+    shutil.rmtree(run / "vocabulary")
+    again = koff_prune(capsys, "plan", recipe, "--out", run, "--resume")
+    assert again.code == 0, again.err
+    assert (run / "vocabulary" / KEPT).read_bytes() == kept
+    shutil.rmtree(run / "vocabulary")
+    for path in (tmp_path / "law").iterdir():
+        path.write_text(path.read_text() + "\nmeasured perplexity of the dense model\n")
+    mistake(koff_prune(capsys, "cut", recipe, "--out", run, "--resume"), "other tokens stay", "--out")
+    assert not (run / "vocabulary").exists()
