@@ -130,14 +130,19 @@ def test_unlearned_gates_choose_what_their_start_chooses(
     assert gates.alpha.dtype == torch.float32
 
 
-def test_costs_are_re_estimated_from_gradients(units: Units) -> None:
-    """Two steps by hand: weights 1 and 2, shrunk by n / (n + prior), closed units without their fit."""
-    structure = Structure(units=["ffn_neurons"], sparsity=0.3, of="blocks", round_to=4)
-    start = random_scores(units)
-    start["ffn_neurons"] = [0.1 + s.abs() for s in start["ffn_neurons"]]
+@pytest.mark.parametrize("kinds", [["ffn_neurons"], list(KINDS)], ids=["ffn", "both"])
+def test_costs_are_re_estimated_from_gradients(units: Units, kinds: list[UnitKind]) -> None:
+    """Two steps by hand: weights 1 and 2, shrunk by n / (n + prior), closed units without their fit.
+
+    Where kinds are mixed, costs and gradients are by parameter.
+    """
+    structure = Structure(units=kinds, sparsity=0.3, of="blocks", round_to=4)
+    start = {kind: [0.1 + s.abs() for s in layers] for kind, layers in random_scores(units).items()}
     gates = Gates(units, structure, "re_estimated", start, 0, prior_tokens=100)
     prior = gates.alpha.detach().clone()
-    assert torch.equal(prior, torch.cat(start["ffn_neurons"]).float())
+    each = gates.cost if len(kinds) > 1 else 1.0
+    if len(kinds) == 1:
+        assert torch.equal(prior, torch.cat(start["ffn_neurons"]).float())
     generator = torch.Generator().manual_seed(0)
     means = []
     for step in range(2):
@@ -146,7 +151,7 @@ def test_costs_are_re_estimated_from_gradients(units: Units) -> None:
         assert z is gates.draw() and z.requires_grad
         assert torch.equal(z.detach() > 0.5, gates.mask(choose(start, units, structure, 0.3)))
         slope = torch.randn(z.shape, generator=generator)
-        (z * slope).sum().backward()
+        (z * slope * each).sum().backward()
         closed = z.detach() < 0.5
         fit = slope[closed].sum() / prior[closed].sum()
         means.append(torch.where(closed, fit * prior - slope, -slope))

@@ -20,6 +20,7 @@ from koff_export.errors import KoffError
 from koff_prune.checkpoints import whole_checkpoints
 from koff_prune.compensate import Compensation
 from koff_prune.evaluate import window_losses
+from koff_prune.gates import Gates
 from koff_prune.learn import LATE, STATE, LearnTrainer, Phase, train
 from koff_prune.learner import Learner
 from koff_prune.memory import Memories
@@ -139,6 +140,44 @@ def test_rates_are_of_their_kind_and_follow_both_phases(
     for found, begin in zip(shares, (0.0, 0.5), strict=True):
         wanted = [LATE + (1 - LATE) * 0.5 * (1 + math.cos(math.pi * (begin + share))) for share in half]
         assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_rates_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over half of the four steps here: at the first the rate is half of what the cosine has."""
+    made, rates = optimizer_of(monkeypatch), []
+    begin = Learner.begin_step
+
+    def spy(self: Learner, step: int, target: float) -> None:
+        rates.append(made[-1].param_groups[0]["lr"] / made[-1].param_groups[0]["initial_lr"])
+        begin(self, step, target)
+
+    monkeypatch.setattr(Learner, "begin_step", spy)
+    memories, gates = start()
+    train(
+        memories, WINDOWS, section(warmup=0.5), Phase(TOKENS, 0.0, 1.0), tmp_path, gates=gates, sparsity=0.3
+    )
+    cosine = [LATE + (1 - LATE) * 0.5 * (1 + math.cos(math.pi * n / STEPS)) for n in range(STEPS)]
+    assert rates == pytest.approx([0.5 * cosine[0], *cosine[1:]], rel=1e-6)
+
+
+def test_gates_are_told_of_the_tokens_that_are_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    observe = Gates.observe
+
+    def spy(self: Gates, tokens: int) -> None:
+        told.append(tokens)
+        observe(self, tokens)
+
+    monkeypatch.setattr(Gates, "observe", spy)
+    half = {name: rows.clone() for name, rows in WINDOWS.items()}
+    for rows in half.values():
+        rows[:, :9] = -1 - rows[:, :9]  # 8 of 15 predicted tokens are read alone
+    memories, gates = start("re_estimated")
+    train(memories, half, section(), Phase(TOKENS, 0, 1), tmp_path, gates=gates, sparsity=0.3)
+    step = TOKENS // STEPS
+    assert told == [step * 7 // 15] * STEPS
 
 
 def test_the_target_ramps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from koff_export.errors import KoffError
 from koff_prune.evaluate import perplexities
 from koff_prune.figures import frontier, learning_curve
 from koff_prune.report import Row, render_table, row_label, write_report
-from koff_prune.verdict import RESAMPLES, judge, resample, row_labels
+from koff_prune.verdict import RESAMPLES, estimate, judge, resample, row_labels
 
 DOMAINS = ("python", "math", "medicine")
 
@@ -488,3 +488,8 @@ def test_offloaded_begins_from_what_the_ceilings_memories_are_around() -> None:
     assert found["value"] == pytest.approx((0.16 - 0.02) - (0.12 - 0.05), abs=1e-9)
     labels = row_labels(rows)
     assert len(set(labels)) == len(labels)
+
+
+def test_an_interval_is_of_95_in_a_hundred_draws() -> None:
+    found = estimate(0.0, np.arange(10001.0))
+    assert (found.low, found.high) == (250, 9750)

@@ -107,6 +107,38 @@ def test_intervals_over_few_seeds_cover_what_they_say(seeds: int, monkeypatch: p
     assert all(count >= 180 for count in within.values()), within
 
 
+def test_a_share_that_is_the_same_in_every_seed_has_no_spread() -> None:
+    """A quarter of the gap in each, however wide the gap: what both share is no noise of their ratio."""
+    found = seeds_of([0.05, 0.05, 0.05])
+    for n, (_, rows) in enumerate(found):
+        for at, part in ((1, -0.25), (3, -1.0)):  # koff and the ceiling, from the rival at 2.3
+            nats = 2.3 + part * (0.2 + 0.1 * n)
+            rows[at] = {**row(rows[at]["method"], nats, n), "plan": rows[at]["plan"]}
+    (point,) = summarise(found)["points"]
+    assert point["closed"]["value"] == pytest.approx(0.25)
+    assert point["closed"]["high"] - point["closed"]["low"] < 0.01
+
+
+def test_other_documents_in_another_seed_are_new_ones() -> None:
+    """Eight seeds with six documents each of their own: about a root of eight narrower than with six."""
+    generator = np.random.default_rng(3)
+    widths = []
+    for apart in (False, True):
+        found = seeds_of([0.05] * 8)
+        noise = {name: generator.normal(0, 0.2, 6).tolist() for name in "ab"}
+        for n, (_, rows) in enumerate(found):
+            nll = {
+                name: [x + y for x, y in zip(rows[2]["nll"][name], noise[name], strict=True)] for name in "ab"
+            }
+            means = {name: math.exp(sum(values) / 6) for name, values in nll.items()}
+            rows[2] |= {"nll": nll, "perplexity": {**means, "gmean": math.sqrt(means["a"] * means["b"])}}
+            for each in rows:
+                each["documents"] = {name: [6 * n * apart + i for i in range(6)] for name in "ab"}
+        (point,) = summarise(found)["points"]
+        widths.append(point["offloaded"]["high"] - point["offloaded"]["low"])
+    assert widths[1] < 0.6 * widths[0]
+
+
 def test_the_same_documents_are_no_new_ones_in_another_seed() -> None:
     """Where seeds differ in nothing, the interval is as wide as one seed's documents make it."""
     generator = np.random.default_rng(3)

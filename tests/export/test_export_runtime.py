@@ -419,3 +419,14 @@ def test_a_memory_of_no_numbers_is_told(copy: Path, exported: Exported) -> None:
     runtime = Runtime.open(copy, threads=1)
     with pytest.raises(KoffError, match="not finite"):
         list(runtime.generate_tokens([BOS, 5], "bad", 3))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_tokens_are_drawn_by_the_softmax_of_logits_over_temperature(top_p: float) -> None:
+    logits = np.array([0.0, 2.0, 4.0])
+    picker = Sampling(temperature=2.0, top_p=top_p, seed=0).picker([], 3)
+    drawn = np.bincount([picker.pick(logits) for _ in range(3000)], minlength=3) / 3000
+    wanted = np.exp(logits / 2) / np.exp(logits / 2).sum()  # 0.09, 0.24, 0.67
+    if top_p < 1:  # the fewest that make 0.8
+        wanted = np.where(wanted > 0.1, wanted, 0) / wanted[1:].sum()
+    assert np.abs(drawn - wanted).max() < 0.03
