@@ -164,8 +164,6 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
     begun, now = read_json(run.folder / "run.json")["versions"], versions()
     changed = [f"{name} {begun.get(name)} to {v}" for name, v in now.items() if begun.get(name) != v]
     notes = sentences(shared_text(run.domains))
-    if recipe.structure.vocabulary is not None:
-        notes.append(_vocabulary(run, rows[0]))
     notes += [f"Rows were made under different versions: {', '.join(changed)}."] if changed else []
     write_report(
         run.folder,
@@ -174,6 +172,7 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
         versions=begun,
         rows=rows,  # type: ignore[arg-type]
         notes=notes,
+        remarks=[_vocabulary(run, rows[0])] if recipe.structure.vocabulary is not None else [],
         overlap=shared,
         plans=plans,
         log=log,

@@ -31,6 +31,7 @@ def write_report(
     versions: Mapping[str, str],
     rows: Sequence[Row],
     notes: Sequence[str] = (),
+    remarks: Sequence[str] = (),
     overlap: Mapping[str, Any] | None = None,
     plans: Mapping[str, Sequence[int]] | None = None,
     log: Sequence[Mapping[str, Any]] = (),
@@ -43,7 +44,8 @@ def write_report(
         recipe_digest: Of the resolved recipe.
         versions: Of the libraries.
         rows: In the order of the table.
-        notes: Further sentences, told to the reader as they are.
+        notes: Further sentences, told to the reader as they are, also of a sweep.
+        remarks: The same, of this run alone.
         overlap: koff's plan beside its start's: `start` (a name), `share` (of what koff removed, how much the
             start removes too) and, where known, `removed` (units).
         plans: Kept FFN neurons per layer, by plan; the name `dense` is drawn as the reference.
@@ -53,7 +55,7 @@ def write_report(
         KoffError: The disk is full or may not be written.
     """
     verdict = judge(rows)
-    sentences = [*verdict.sentences, *_sizes(rows), *_overlap(overlap), *notes]
+    sentences = [*verdict.sentences, *_sizes(rows), *_overlap(overlap), *remarks, *notes]
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     page = _page(model, recipe_digest, versions, rows, verdict, sentences, plans or {}, log)
