@@ -122,10 +122,10 @@ def test_a_share_that_is_the_same_in_every_seed_has_no_spread() -> None:
 def test_other_documents_in_another_seed_are_new_ones() -> None:
     """Eight seeds with six documents each of their own: about a root of eight narrower than with six."""
     generator = np.random.default_rng(3)
+    noise = {name: generator.normal(0, 0.2, 6).tolist() for name in "ab"}
     widths = []
     for apart in (False, True):
         found = seeds_of([0.05] * 8)
-        noise = {name: generator.normal(0, 0.2, 6).tolist() for name in "ab"}
         for n, (_, rows) in enumerate(found):
             nll = {
                 name: [x + y for x, y in zip(rows[2]["nll"][name], noise[name], strict=True)] for name in "ab"
