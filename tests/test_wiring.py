@@ -219,3 +219,29 @@ def test_costs_of_removal_are_half_the_information_of_a_token(method: str) -> No
     known = getattr(found, method)
     for i, cost in enumerate(costs):
         torch.testing.assert_close(cost, known[(i, "ffn_neurons")] / 2 / 64)
+
+
+def test_overlap_is_the_share_of_what_the_second_removes() -> None:
+    units = read_units(tiny_shape("llama"))
+    structure = Structure(units=["ffn_neurons"], sparsity=0.3, of="blocks", round_to=1)
+    rising: Any = {"ffn_neurons": [torch.linspace(0, 1, layer.ffn_neurons) for layer in units.layers]}
+    falling: Any = {"ffn_neurons": [score.flip(0) for score in rising["ffn_neurons"]]}
+    a, b = (Gates(units, structure, "straight_through", start, 0) for start in (rising, falling))
+    for gates in (a, b):
+        gates.advance(0, 0.3)
+    assert stages.overlap(a, a) == 1
+    gone_a, gone_b = (~gates.mask(gates.kept()) for gates in (a, b))
+    share = float((gone_a & gone_b).sum() / gone_b.sum())
+    assert share < 0.9
+    assert stages.overlap(a, b) == pytest.approx(share)
+
+
+def test_a_random_plan_is_its_seeds(tmp_path: Path) -> None:
+    from koff_prune.reading import load_recipe
+
+    recipe, plans = recipe_of(tmp_path), []
+    for seed in (0, 1):
+        checked = load_recipe(recipe, [f"seed={seed}"])
+        with Run(checked, tmp_path / f"run-{seed}", resume=False) as run:
+            plans.append(stages.plan_arm(run, Arm("random", "global"), tmp_path / f"plan-{seed}").digest)
+    assert plans[0] != plans[1]
