@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from koff_export.errors import KoffError
-from koff_export.files import read_json, write_json, write_text
+from koff_export.files import read_json, sha256_file, write_json, write_text
 from koff_prune.models import Dense, check_embeddings, config_sha256
 from koff_prune.pretrained import load
 
@@ -242,7 +241,7 @@ def trimmed(dense: Dense, folder: Path) -> Dense:
     kept = read_json(folder / KEPT)
     rows = torch.tensor(kept)
     new = {old: n for n, old in enumerate(kept)}
-    mark = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    mark = sha256_file(folder / KEPT)
 
     def tell(config: PretrainedConfig) -> PretrainedConfig:
         _renumber(config, new)
@@ -258,7 +257,6 @@ def trimmed(dense: Dense, folder: Path) -> Dense:
         return model
 
     config = tell(copy.deepcopy(dense.config))
-
     return dataclasses.replace(
         dense,
         config=config,

@@ -21,6 +21,7 @@ from koff_prune.learn import Phase
 from koff_prune.learner import Learner
 from koff_prune.memory import Memories
 from koff_prune.plan import choose
+from koff_prune.reading import load_recipe
 from koff_prune.recipe import Learn, Structure
 from koff_prune.run import Run
 from koff_prune.scores import collect, removal_costs
@@ -70,8 +71,6 @@ def test_every_row_is_trained_as_its_report_says(
 def test_the_better_ranking_is_the_one_of_less_loss_on_scoring_text(
     better: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from koff_prune.reading import load_recipe
-
     losses: list[float] = [1.0, 2.0] if better == "global" else [2.0, 1.0]  # global is judged first
     with Run(load_recipe(recipe_of(tmp_path)), tmp_path / "run", resume=False) as run:
         scoring = [blocks.scoring for blocks in run.domains.values()]
@@ -91,8 +90,6 @@ def test_the_better_ranking_is_the_one_of_less_loss_on_scoring_text(
 def test_gates_are_given_what_the_recipe_and_the_scoring_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from koff_prune.reading import load_recipe
-
     recipe = recipe_of(tmp_path)
     told = yaml.safe_load(recipe.read_text())
     told["learn"] |= {"tokens": 0, "gates": {"start": "surgeon", "prior_tokens": 12_345}}
@@ -237,8 +234,6 @@ def test_overlap_is_the_share_of_what_the_second_removes() -> None:
 
 
 def test_a_random_plan_is_its_seeds(tmp_path: Path) -> None:
-    from koff_prune.reading import load_recipe
-
     recipe, plans = recipe_of(tmp_path), []
     for seed in (0, 1):
         checked = load_recipe(recipe, [f"seed={seed}"])
