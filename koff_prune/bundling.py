@@ -27,12 +27,13 @@ from koff_prune.formats import tell_memory, write_gguf, write_onnx
 from koff_prune.lock import alone
 from koff_prune.memory import MEMORY_FILES, RECOVERY, kind_of, load_memory, memory_of_folder, save_memory
 from koff_prune.merge import folding
+from koff_prune.narrow import narrow, tell_narrowed
 from koff_prune.numerics import accuracy, checked_numerics
 from koff_prune.plan import Plan
 from koff_prune.progress import say
 from koff_prune.recipe import Memory
 from koff_prune.seals import SEAL, check_seal
-from koff_prune.units import read_units
+from koff_prune.units import read_units, token_parameters
 from koff_prune.weights import INDEX, Weights, copy_weights, has_weights
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ def write_bundle(run: Run, merge: str | None = None) -> Path:
     export = run.recipe.export
     target = run.folder / ("bundle" if merge is None else f"bundle-{merge}")
     stamp: dict[str, Any] = {
-        "export": export.model_dump(mode="json"),
+        "export": export.model_dump(mode="json", exclude={"merged_vocabulary"}),
         **({"merge": merge} if merge else {}),
+        **({"vocabulary": export.merged_vocabulary} if merge and export.merged_vocabulary else {}),
         **({"graphs": GRAPHS} if "onnx" in export.formats else {}),
     }
     if _told(target).get("numerics", {}).get("asked") == stamp:
@@ -114,7 +116,10 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         folded = [RECOVERY] if recipe.cut.recover is not None else []
         folded += [merge] if merge is not None else []
         fold = folding([memories / name for name in folded]) if folded else None
-        same = copy_weights(backbone, aside, recipe.export.shard_bytes, fold)
+        coverage = recipe.export.merged_vocabulary
+        narrowed = narrow(run, merge, coverage, aside) if merge and coverage else None
+        dense, rows = (narrowed.dense, narrowed.rows) if narrowed else (run.dense, None)
+        same = copy_weights(backbone, aside, recipe.export.shard_bytes, fold, rows)
         known = {name: digest for name, digest in sums.items() if same and name in weights}
         shutil.copy2(run.folder / "plan.json", aside / "plan.json")
         if merge is None:
@@ -129,7 +134,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         formats = recipe.export.formats if merge is None else []
         recovery = memories / RECOVERY / MEMORY_FILES["lora"]
         told = {name: tell_memory(aside / "memories" / name, name, formats) for name in domains}
-        tokenizer, config = run.dense.tokenizer, run.dense.config
+        tokenizer, config = dense.tokenizer, dense.config
         # an answer ends where torch's ends, and where memories have learned to end
         eos = _ids(config.eos_token_id) + _ids(tokenizer.eos_token_id)
         if (aside / "generation_config.json").exists():
@@ -147,7 +152,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
             "parameters": plan.parameters,
             "sparsity": {"target": plan.target, "realised": plan.realised, "of": plan.of},
             "window": recipe.evaluate.window,
-            "bos": run.dense.bos,
+            "bos": dense.bos,
             "eos": list(dict.fromkeys(eos)),
             "context": config.max_position_embeddings,
             "domains": told,
@@ -157,26 +162,41 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
             "merged": merge,
             "numerics": {"asked": stamp},
         }
+        if merge and narrowed:
+            manifest["vocabulary"] = tell_narrowed(run, narrowed, merge, aside)
+            manifest["parameters"] = _parameters(plan, manifest["vocabulary"], config)
         if "onnx" in recipe.export.formats:
             read = {name: run.domains[name].scoring for name in ([merge] if merge else recipe.domains)}
+            if narrowed:
+                read = {name: narrowed.windows(windows) for name, windows in read.items()}
             listed = domains if merge is None else []
             manifest["graph"] = write_onnx(aside, listed, recipe.export, merge, read)
             if not write_genai_config(aside, manifest):
                 say("no genai_config.json: onnxruntime-genai wants equally many KV heads in every layer")
         if "gguf" in recipe.export.formats:
             manifest["gguf"] = write_gguf(aside, told, recipe.export)
-        (aside / "README.md").write_text(card(run, plan, told, merge), encoding="utf-8")
+        (aside / "README.md").write_text(card(run, plan, manifest), encoding="utf-8")
         write_manifest(aside, manifest, known)
         if manifest["graph"]:
             say("checking ONNX against torch")
             manifest["numerics"]["onnx_logits"] = checked_numerics(aside, str(target))
             measured = domains if merge is None else [merge]
-            texts = {name: tokens(run.domains[name].heldout[0]).tolist() for name in measured}
-            manifest["numerics"]["precision"] = accuracy(aside, texts)
+            texts = {name: run.domains[name].heldout[:1] for name in measured}
+            if narrowed:
+                texts = {name: narrowed.windows(windows) for name, windows in texts.items()}
+            first = {name: tokens(windows[0]).tolist() for name, windows in texts.items()}
+            manifest["numerics"]["precision"] = accuracy(aside, first)
             if "fused" in manifest["graph"]:
-                manifest["numerics"]["fused"] = accuracy(aside, texts, "fused")
+                manifest["numerics"]["fused"] = accuracy(aside, first, "fused")
             write_manifest(aside, manifest, known)
     return target
+
+
+def _parameters(plan: Plan, narrowed: Any, config: Any) -> dict[str, int]:
+    """A plan's, less what left a merged bundle with tokens: the manifest's `vocabulary`, if it has one."""
+    of = narrowed.get("of") if isinstance(narrowed, dict) else None
+    gone = max(0, of - config.vocab_size) if isinstance(of, int) else 0
+    return {**plan.parameters, "slim": plan.parameters["slim"] - gone * token_parameters(config)}
 
 
 def _ids(value: int | list[int] | None) -> list[int]:
@@ -255,21 +275,20 @@ def verify(folder: str | Path) -> dict[str, Any]:
     model = load_backbone(folder)
     units = read_units(model)
     slim = units.parameters
-    if slim != plan.parameters["slim"]:
-        raise KoffError(
-            f"{folder}: the backbone has {slim} parameters, plan.json says {plan.parameters['slim']}"
-        )
+    parameters = _parameters(plan, manifest.told.get("vocabulary"), model.config)
+    if slim != parameters["slim"]:
+        raise KoffError(f"{folder}: the backbone has {slim} parameters, plan.json says {parameters['slim']}")
     for i, (layer, kept) in enumerate(zip(units.layers, plan.layers, strict=True)):
         if (layer.ffn_neurons, layer.kv_groups) != (len(kept["ffn_neurons"]), len(kept["kv_groups"])):
             raise KoffError(f"{folder}: layer {i} of the backbone is not as wide as plan.json says")
     result: dict[str, Any] = {
         "files": len(manifest.files),
-        "parameters": plan.parameters,
+        "parameters": parameters,
         "sparsity": plan.realised,
         "of": plan.of,
         "memories": {},
     }
-    told = {"parameters": plan.parameters,
+    told = {"parameters": parameters,
             "sparsity": {"target": plan.target, "realised": plan.realised, "of": plan.of}}  # fmt: skip
     for key, value in told.items():
         if manifest.told.get(key) != value:

@@ -15,22 +15,24 @@ if TYPE_CHECKING:
     from koff_prune.run import Run
 
 
-def card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> str:
+def card(run: Run, plan: Plan, manifest: dict[str, Any]) -> str:
     """The model card; neither a local path nor a file of a package is a hub's id."""
+    domains, merge, narrowed = manifest["domains"], manifest["merged"], manifest.get("vocabulary")
     source = run.recipe.model.source
     on_hub = isinstance(source, str) and not Path(source).exists()
     name = run.model_identity["source"]
     beside = (
         f"with the memory of {merge} in it" if merge else f"with {'' if domains else 'no '}memories beside it"
     )
-    kept, tokens = run.dense.config.vocab_size, run.whole.config.vocab_size
+    tokens, users = run.whole.config.vocab_size, f"{merge} uses" if narrowed else "its domains use"
+    kept = narrowed["kept"] if narrowed else run.dense.config.vocab_size
     lines = [
         "---", "library_name: koff-prune", *([f"base_model: {name}"] if on_hub else []), "---", "",
         f"# {name}, {plan.removed}", "",
-        f"A backbone of {plan.parameters['slim']:,} parameters (dense: {plan.parameters['dense']:,}) cut by"
-        f" koff-prune (KOFF, arXiv 2605.29075), {beside}."
+        f"A backbone of {manifest['parameters']['slim']:,} parameters (dense: {plan.parameters['dense']:,})"
+        f" cut by koff-prune (KOFF, arXiv 2605.29075), {beside}."
         + (" What all domains recovered together is part of it." if run.recipe.cut.recover else "")
-        + (f" It has {kept:,} of {tokens:,} tokens, those that its domains use, and reads others in pieces."
+        + (f" It has {kept:,} of {tokens:,} tokens, those that {users}, and reads others in pieces."
            if kept < tokens else ""), "",
     ]  # fmt: skip
     lines += ["The licence of the dense model holds for it too: add it where it does not lie here.", ""]
@@ -52,6 +54,8 @@ def card(run: Run, plan: Plan, domains: dict[str, Any], merge: str | None) -> st
                   "| --- |" + " --- |" * len(columns)]  # fmt: skip
         for label, losses in found:
             values = perplexities(losses, counts)
+            if narrowed:
+                values[merge] = infinite(narrowed["perplexity"])
             lines.append(f"| {label} | " + " | ".join(f"{values[name]:.2f}" for name in columns) + " |")
     memory = "" if merge or not domains else ', memory="…"'
     lines += ["", "```python", "from koff_prune import load_bundle",

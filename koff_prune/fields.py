@@ -40,6 +40,18 @@ def form(value: Any) -> str:
     return "<text>" if value is None or isinstance(value, str | int | float) else "<keys>"
 
 
+def none_in_words(value: Any) -> Any:
+    """`none` in a recipe is no section."""
+    return None if value == "none" else value
+
+
+def with_none(schema: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A section's JSON schema, in which these keys may be `none`."""
+    for key in keys:
+        schema["properties"][key]["anyOf"].append({"const": "none"})
+    return schema
+
+
 # Text and booleans are never taken for numbers: a wrong type is told, not guessed around.
 Int = Annotated[int, BeforeValidator(whole), Strict()]
 Float = Annotated[float, Strict()]

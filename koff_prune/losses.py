@@ -23,7 +23,7 @@ from koff_prune.pages import finite
 from koff_prune.progress import bar
 from koff_prune.recipe import Memory
 from koff_prune.stages import cut_arm
-from koff_prune.vocabulary import KEPT, whole_windows
+from koff_prune.vocabulary import KEPT, read_again
 
 if TYPE_CHECKING:
     from koff_prune.models import Dense
@@ -121,7 +121,7 @@ def heldout_counts(run: Run) -> dict[str, list[int]]:
 
 def _whole(run: Run, windows: torch.Tensor) -> list[torch.Tensor]:
     kept = read_json(run.folder / "vocabulary" / KEPT)
-    return whole_windows(windows, kept, run.dense.tokenizer, run.whole.tokenizer)
+    return read_again(windows, dict(enumerate(kept)), run.dense.tokenizer, run.whole.tokenizer)
 
 
 def _counts(rows: list[torch.Tensor]) -> list[int]:

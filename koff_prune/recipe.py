@@ -22,14 +22,28 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from koff_prune.fields import Bool, Float, Int, Name, Pin, Scalar, Section, Sha256, Texts, form, whole
+from koff_prune.fields import (
+    Bool,
+    Float,
+    Int,
+    Name,
+    Pin,
+    Scalar,
+    Section,
+    Sha256,
+    Texts,
+    form,
+    none_in_words,
+    whole,
+    with_none,
+)  # fmt: skip
 from koff_prune.recipe_export import Export as Export
 from koff_prune.recipe_learn import COSTS as COSTS
 from koff_prune.recipe_learn import Form, Learn, Start
 from koff_prune.recipe_learn import Gates as Gates
 from koff_prune.recipe_memory import Kv as Kv
 from koff_prune.recipe_memory import Lora as Lora
-from koff_prune.recipe_memory import Memory, MemoryKind, none_in_words, parts_of, with_none
+from koff_prune.recipe_memory import Memory, MemoryKind, parts_of
 from koff_prune.seals import SEAL
 from koff_prune.templates import parse
 

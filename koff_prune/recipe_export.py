@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, GetJsonSchemaHandler, field_validator
+from pydantic_core import CoreSchema
 
-from koff_prune.fields import Bool, Float, Section
+from koff_prune.fields import Bool, Float, Section, none_in_words, with_none
 
 Matrix = Literal["head", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -70,6 +71,14 @@ class Export(Section):
         gt=0,
         description="Gigabytes (10^9 bytes) that one file of the backbone may hold.",
     )
+    merged_vocabulary: Float | None = Field(
+        default=None,
+        ge=0.5,
+        le=1,
+        description="Of a bundle that one domain's memory is merged into (--merge), and of no other: keep the"
+        " tokens that make this share of that domain's training text, as structure.vocabulary does for all;"
+        " or none: keep all.",
+    )
     onnx: OnnxExport = OnnxExport()
     gguf: GgufExport = GgufExport()
 
@@ -77,6 +86,12 @@ class Export(Section):
     def shard_bytes(self) -> int:
         """`shard_gb` in bytes."""
         return int(self.shard_gb * 10**9)
+
+    _none = field_validator("merged_vocabulary", mode="before")(none_in_words)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return with_none(handler.resolve_ref_schema(handler(core)), "merged_vocabulary")
 
     @field_validator("formats")
     @classmethod

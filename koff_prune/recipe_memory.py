@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, GetJsonSchemaHandler, field_validator
 from pydantic_core import CoreSchema
 
-from koff_prune.fields import Float, Int, Section, Texts
+from koff_prune.fields import Float, Int, Section, Texts, none_in_words, with_none
 
 MemoryKind = Literal["none", "lora", "kv", "lora+kv"]
 # the linear layers of a block: what the cut and the exports know how to slice
@@ -17,18 +17,6 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def parts_of(kind: str) -> set[str]:
     """lora, kv, both or neither."""
     return set(kind.split("+")) - {"none"}
-
-
-def none_in_words(value: Any) -> Any:
-    """`none` in a recipe is no section."""
-    return None if value == "none" else value
-
-
-def with_none(schema: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """A section's JSON schema, in which these keys may be `none`."""
-    for key in keys:
-        schema["properties"][key]["anyOf"].append({"const": "none"})
-    return schema
 
 
 class Lora(Section):

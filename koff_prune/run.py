@@ -266,12 +266,11 @@ class Run:
     @cached_property
     def units(self) -> Units:
         """The units of the dense model."""
-        from koff_prune.units import read_units
+        from koff_prune.units import read_units, token_parameters
 
         units, dense = read_units(self.dense.outline()), self.dense.config
         gone = self.whole.config.vocab_size - dense.vocab_size  # tokens, in the embedding and the head
-        copies = 1 if dense.tie_word_embeddings else 2
-        return replace(units, trimmed=gone * units.hidden_size * copies)
+        return replace(units, trimmed=gone * token_parameters(dense))
 
     @property
     def model_identity(self) -> dict[str, Any]:

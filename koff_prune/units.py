@@ -114,6 +114,11 @@ def _unique_parameters(modules: Iterable[nn.Module]) -> int:
     return sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
 
 
+def token_parameters(config: Any) -> int:
+    """Parameters that a token has: a row of the embedding, and of the head where that is another."""
+    return int(config.hidden_size) * (1 if config.tie_word_embeddings else 2)
+
+
 def read_units(model: PreTrainedModel) -> Units:
     """Reads the units of an untouched causal LM.
 

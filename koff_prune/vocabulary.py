@@ -26,6 +26,7 @@ from koff_export.files import read_json, sha256_file, write_json, write_text
 from koff_prune.models import Dense, check_embeddings, config_sha256
 from koff_prune.pretrained import load
 
+ASKED = "structure.vocabulary"
 KEPT = "kept.json"  # the tokens that stay, by the ids of the whole tokenizer, ascending
 _LINE, _BYTES = "<0x0A>", 4  # a line's end as a byte; the most of a character's
 MARK = "vocabulary_sha256"  # of a trimmed model's config: two of one size are not the same network
@@ -55,7 +56,9 @@ def covering(counts: Mapping[str, torch.Tensor], coverage: float) -> list[int]:
     return sorted(order[: int(enough.int().argmax()) + 1].tolist())
 
 
-def trim_tokenizer(folder: Path, wanted: Iterable[int], needed: Iterable[int], rows: int) -> list[int]:
+def trim_tokenizer(
+    folder: Path, wanted: Iterable[int], needed: Iterable[int], rows: int, key: str = ASKED
+) -> list[int]:
     """Takes tokens out of a saved tokenizer, in place; those that stay are numbered anew, in their order.
 
     Args:
@@ -63,6 +66,7 @@ def trim_tokenizer(folder: Path, wanted: Iterable[int], needed: Iterable[int], r
         wanted: Ids that stay; with them stays what their merges pass through.
         needed: Ids that configurations name; some may be none of the tokenizer's.
         rows: Of the model's embedding; tokens from this id on have none, and go.
+        key: Of the recipe, which asks for it.
 
     Returns:
         All ids that stay, ascending.
@@ -77,7 +81,7 @@ def trim_tokenizer(folder: Path, wanted: Iterable[int], needed: Iterable[int], r
         model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
     ):
         raise KoffError(
-            "structure.vocabulary: the model's tokenizer is no plain byte-pair encoding, and no other kind"
+            f"{key}: the model's tokenizer is no plain byte-pair encoding, and no other kind"
             " can be trimmed; leave it out"
         )
     vocab: dict[str, int] = model["vocab"]
@@ -177,7 +181,9 @@ def _trim_settings(path: Path, new: Mapping[int, int], gone: set[str]) -> None:
     write_json(path, settings)
 
 
-def write_vocabulary(dense: Dense, counts: Mapping[str, torch.Tensor], coverage: float, folder: Path) -> None:
+def write_vocabulary(
+    dense: Dense, counts: Mapping[str, torch.Tensor], coverage: float, folder: Path, key: str = ASKED
+) -> None:
     """Writes the trimmed tokenizer and `KEPT` into a folder that is renamed when whole.
 
     Args:
@@ -185,6 +191,7 @@ def write_vocabulary(dense: Dense, counts: Mapping[str, torch.Tensor], coverage:
         counts: See `covering`, int64 [at least the tokenizer's length].
         coverage: The same.
         folder: Exists.
+        key: Of the recipe, which asks for it.
 
     Raises:
         KoffError: The tokenizer cannot be trimmed.
@@ -193,10 +200,10 @@ def write_vocabulary(dense: Dense, counts: Mapping[str, torch.Tensor], coverage:
     dense.tokenizer.save_pretrained(str(folder))
     needed = {number for source in _configs(dense) for number in _token_ids(source.to_dict())}
     needed |= {n for name in _NAMED if (n := getattr(dense.tokenizer, f"{name}_token_id", None)) is not None}
-    kept = trim_tokenizer(folder, covering(counts, coverage), needed, dense.config.vocab_size)
+    kept = trim_tokenizer(folder, covering(counts, coverage), needed, dense.config.vocab_size, key)
     if len(read_back := _open_tokenizer(folder, dense.source)) != len(kept):
         raise KoffError(
-            f"structure.vocabulary: the model's tokenizer has {len(read_back):,} tokens after it was trimmed"
+            f"{key}: the model's tokenizer has {len(read_back):,} tokens after it was trimmed"
             f" to {len(kept):,}, so it cannot be; leave it out"
         )
     write_text(folder / KEPT, json.dumps(kept))
@@ -220,7 +227,7 @@ def _token_ids(told: Mapping[str, Any]) -> set[int]:
     return found
 
 
-def _renumber(config: Any, new: Mapping[int, int]) -> None:
+def renumber(config: Any, new: Mapping[int, int]) -> None:
     """Numbers the tokens that a configuration names anew; a list forgets those that are gone."""
     for key, value in config.to_dict().items():
         if key.endswith(_IDS) and isinstance(value, int):
@@ -230,6 +237,20 @@ def _renumber(config: Any, new: Mapping[int, int]) -> None:
         elif key in _WORDS and value is not None:
             words = [word for word in value if all(n in new for n in word)] if key != "sequence_bias" else []
             setattr(config, key, [[new[n] for n in word] for word in words] or None)
+
+
+def trim_config(config: PretrainedConfig, new: Mapping[int, int], mark: str) -> PretrainedConfig:
+    """A model's configuration, in place, for the tokens that stay.
+
+    Args:
+        config: Of the model.
+        new: Their numbers, by the old ones.
+        mark: The sha256 of the `KEPT` that tells them.
+    """
+    renumber(config, new)
+    config.vocab_size = len(new)
+    setattr(config, MARK, mark)
+    return config
 
 
 def trimmed(dense: Dense, folder: Path) -> Dense:
@@ -243,20 +264,14 @@ def trimmed(dense: Dense, folder: Path) -> Dense:
     new = {old: n for n, old in enumerate(kept)}
     mark = sha256_file(folder / KEPT)
 
-    def tell(config: PretrainedConfig) -> PretrainedConfig:
-        _renumber(config, new)
-        config.vocab_size = len(kept)
-        setattr(config, MARK, mark)
-        return config
-
     def trim(model: PreTrainedModel) -> PreTrainedModel:
-        tell(model.config)  # in place: the layers hold it too
+        trim_config(model.config, new, mark)  # in place: the layers hold it too
         if model.generation_config is not None:
-            _renumber(model.generation_config, new)
+            renumber(model.generation_config, new)
         _take_rows(model, rows)
         return model
 
-    config = tell(copy.deepcopy(dense.config))
+    config = trim_config(copy.deepcopy(dense.config), new, mark)
     return dataclasses.replace(
         dense,
         config=config,
@@ -283,25 +298,25 @@ def _take_rows(model: Any, rows: torch.Tensor) -> None:
             part.vocab_size = len(rows)
 
 
-def whole_windows(windows: torch.Tensor, kept: Sequence[int], trimmed: Any, whole: Any) -> list[torch.Tensor]:
-    """Windows as the whole tokenizer reads their text; of a chat, what is read alone stays so.
+def read_again(windows: torch.Tensor, numbers: Mapping[int, int], own: Any, other: Any) -> list[torch.Tensor]:
+    """Windows as another tokenizer reads their text; of a chat, what is read alone stays so.
 
     Args:
-        windows: int64 [n, window] of the trimmed tokenizer, see `DomainBlocks`.
-        kept: Ids of the whole tokenizer, by the trimmed one's.
-        trimmed: The tokenizer.
-        whole: The tokenizer.
+        windows: int64 [n, window] of a tokenizer, see `DomainBlocks`.
+        numbers: The other's ids of its control tokens, and of any other tokens.
+        own: The tokenizer that they are of.
+        other: The one that is to read them.
 
     Returns:
         Of each window, int64 [as many tokens as it takes]; without a character that its end cuts in two.
     """
-    special = set(trimmed.added_tokens_decoder)
+    special = set(own.added_tokens_decoder) & set(numbers)
     # one that puts a space in front of all text reads what goes on a word as if it began one: a line's end,
     # which is a byte of its own there, stands before it instead
-    lead = whole("\n", add_special_tokens=False)["input_ids"]
-    if whole.convert_ids_to_tokens(lead) != ["▁", _LINE]:
+    lead = other("\n", add_special_tokens=False)["input_ids"]
+    if other.convert_ids_to_tokens(lead) != ["▁", _LINE]:
         lead = []
-    before = [trimmed.convert_tokens_to_ids(_LINE)] if lead else []
+    before = [own.convert_tokens_to_ids(_LINE)] if lead else []
 
     def kind(token: int) -> tuple[bool, bool]:
         return token < 0, (token if token >= 0 else -1 - token) in special
@@ -310,12 +325,12 @@ def whole_windows(windows: torch.Tensor, kept: Sequence[int], trimmed: Any, whol
     for row in windows.tolist():
         ids: list[int] = []
         for (read, control), run in groupby(row, kind):
-            own = [-1 - token if read else token for token in run]
+            said = [-1 - token if read else token for token in run]
             if control:
-                found = [kept[token] for token in own]
+                found = [numbers[token] for token in said]
             else:
-                text = _decoded(trimmed, _whole_characters(trimmed, own), before)
-                found = whole(
+                text = _decoded(own, _whole_characters(own, said), before)
+                found = other(
                     text, add_special_tokens=False, split_special_tokens=True, verbose=False
                 )["input_ids"][len(lead) :]  # fmt: skip
             ids += [-1 - token for token in found] if read else found

@@ -286,6 +286,7 @@ def copy_weights(
     target: Path,
     shard_bytes: int = SHARD_BYTES,
     change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    rows: torch.Tensor | None = None,
 ) -> bool:
     """Writes a folder's weights into another, a tensor at a time; files that would be the same are linked.
 
@@ -294,20 +295,23 @@ def copy_weights(
         target: Gets them, in their dtypes.
         shard_bytes: See `write_weights`.
         change: From each tensor's name and content to what is written in its place; None leaves all.
+        rows: See `Weights.with_rows`; None leaves all.
 
     Returns:
         Whether the files are the same.
     """
-    weights = Weights.open(source)
+    weights = Weights.open(source) if rows is None else Weights.open(source).with_rows(rows)
     if strange := [name for name, entry in weights.entries.items() if entry.dtype not in _DTYPES]:
         raise KoffError(f"{source}: {strange[0]} is of no floating-point type: {_AGAIN}")
     like = {
         name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
         for name, entry in weights.entries.items()
     }
-    if change is None and weights.layout == {
-        file: list(shard) for file, shard in _shards(like, shard_bytes).items()
-    }:
+    if (
+        change is None
+        and rows is None
+        and weights.layout == {file: list(shard) for file, shard in _shards(like, shard_bytes).items()}
+    ):
         for name in [file.name for file in weights.files] + [INDEX] * (source / INDEX).is_file():
             _link(source / name, target / name)
         return True

@@ -25,7 +25,7 @@ from koff_prune.plan import make_plan
 from koff_prune.recipe import Domain, ModelSection, Structure
 from koff_prune.scores import score_units
 from koff_prune.units import read_units
-from koff_prune.vocabulary import KEPT, covering, trim_tokenizer, trimmed, whole_windows, write_vocabulary
+from koff_prune.vocabulary import KEPT, covering, read_again, trim_tokenizer, trimmed, write_vocabulary
 from koff_prune.weights import EMBEDDINGS, HEAD, Weights
 
 _LINES = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").splitlines(True)
@@ -230,7 +230,7 @@ def test_windows_are_read_back_as_the_whole_tokenizer_reads_their_text(kind: str
         expected.append([*ids_of(whole, text), end, *[-1 - t for t in ids_of(whole, "said so")]])
     assert any(len(row) > len(wanted) for row, wanted in zip(rows, expected, strict=True))
     for row, wanted in zip(rows, expected, strict=True):
-        assert whole_windows(torch.tensor([row]), kept, small, whole)[0].tolist() == wanted
+        assert read_again(torch.tensor([row]), dict(enumerate(kept)), small, whole)[0].tolist() == wanted
 
 
 def trimmed_recipe(folder: Path, config: PretrainedConfig | None = None, **structure: Any) -> Path:
@@ -466,7 +466,7 @@ def test_where_every_token_stays_windows_are_read_as_they_are(kind: str, tmp_pat
     small, kept = reopened(whole, tmp_path / "small", set(range(4, len(whole))))
     ids = ids_of(small, words[0])
     windows = torch.tensor([ids[n : n + 16] for n in range(0, len(ids) - 16, 16)])
-    read = whole_windows(windows, kept, small, whole)
+    read = read_again(windows, dict(enumerate(kept)), small, whole)
     # a word that a window's end cuts may be read otherwise
     same = [
         found.tolist()[:-3] == [kept[t] for t in row.tolist()][:-3]
@@ -480,7 +480,7 @@ def test_a_character_that_a_windows_end_cuts_is_all_that_is_left_out(tmp_path: P
     small, kept = reopened(whole, tmp_path / "small", set(ids_of(whole, "the court")))
     ids = ids_of(small, "the court 日本語のテキスト")
     for cut in (1, 2):
-        (read,) = whole_windows(torch.tensor([ids[:-cut]]), kept, small, whole)
+        (read,) = read_again(torch.tensor([ids[:-cut]]), dict(enumerate(kept)), small, whole)
         assert whole.decode(read.tolist()) == "the court 日本語のテキス"
 
 

@@ -1,0 +1,119 @@
+"""The tokens of one domain: all that a bundle with one merged memory needs of the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig
+
+from koff_export.files import read_json, sha256_file
+from koff_prune.attach import attach_memory
+from koff_prune.cut import load_backbone
+from koff_prune.device import on_device
+from koff_prune.domains import count_tokens
+from koff_prune.evaluate import mean_nats, perplexity, read_losses, window_losses
+from koff_prune.losses import predicted_tokens
+from koff_prune.memory import Memories
+from koff_prune.models import Dense
+from koff_prune.pages import finite
+from koff_prune.progress import bar, say
+from koff_prune.recipe import Memory
+from koff_prune.vocabulary import KEPT, read_again, renumber, trim_config, trimmed, write_vocabulary
+
+if TYPE_CHECKING:
+    from koff_prune.run import Run
+
+KEY = "export.merged_vocabulary"
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """A run's dense model with one domain's tokens.
+
+    Attributes:
+        dense: Its tokenizer and configuration are the bundle's.
+        rows: Of the run's embedding, those that stay, int64 [tokens].
+        own: The run's tokenizer.
+    """
+
+    dense: Dense
+    rows: torch.Tensor
+    own: Any
+
+    def read(self, windows: torch.Tensor) -> list[torch.Tensor]:
+        """Windows of the run, int64 [n, window], as the narrowed tokenizer reads their text."""
+        numbers = {old: new for new, old in enumerate(self.rows.tolist())}
+        return read_again(windows, numbers, self.own, self.dense.tokenizer)
+
+    def windows(self, windows: torch.Tensor) -> torch.Tensor:
+        """The same, each cut to the shortest: int64 [n, as many]."""
+        rows = self.read(windows)
+        return torch.stack([row[: min(map(len, rows))] for row in rows])
+
+
+def narrow(run: Run, domain: str, coverage: float, bundle: Path) -> Narrowed:
+    """Leaves one domain's tokens in a bundle's tokenizer and configurations; its weights are the caller's.
+
+    Args:
+        run: Whose backbone it is.
+        domain: Whose text is counted.
+        coverage: See `vocabulary.covering`.
+        bundle: Being written; holds the backbone's config.json, generation_config.json and tokenizer.
+
+    Raises:
+        KoffError: The tokenizer cannot be trimmed.
+    """
+    say(f"domain {domain}: counting tokens")
+    counts = {domain: count_tokens(domain, run.recipe.domains[domain], run.dense.tokenizer)}
+    write_vocabulary(run.dense, counts, coverage, bundle, KEY)
+    kept, mark = read_json(bundle / KEPT), sha256_file(bundle / KEPT)
+    new = {old: n for n, old in enumerate(kept)}
+    result = Narrowed(trimmed(run.dense, bundle), torch.tensor(kept), run.dense.tokenizer)
+    config = AutoConfig.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
+    trim_config(config, new, mark).save_pretrained(bundle)
+    if (bundle / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(bundle, local_files_only=True)
+        renumber(generation, new)
+        generation.save_pretrained(bundle)
+    (bundle / KEPT).unlink()
+    return result
+
+
+def tell_narrowed(run: Run, narrowed: Narrowed, domain: str, bundle: Path) -> dict[str, Any]:
+    """What a manifest tells of a narrowed bundle: tokens kept, of how many, and its held-out perplexity.
+
+    That is by the dense model's own tokens, as the report's.
+
+    Args:
+        run: Whose held-out text it is.
+        narrowed: From `narrow`.
+        domain: Whose memory is merged.
+        bundle: With its weights, and what is left of the memory.
+    """
+    windows = run.domains[domain].heldout
+    counts = predicted_tokens(run, windows)
+    memory = bundle / "memories" / domain
+    model = on_device(load_backbone(bundle))
+    if memory.is_dir():
+        memories, attached = attach_memory(model, memory), domain
+    else:
+        memories, attached = Memories(model, Memory(lora=None, kv=None), {}, 0), None
+    rows = narrowed.read(windows)
+    nats = []
+    with bar(f"evaluating {domain}", sum(map(len, rows))) as progress:
+        for row, count in zip(rows, counts, strict=True):
+            predicted = int((row[1:] >= 0).sum())
+            mean = window_losses(memories, row[None], attached, progress)[0] if predicted else 0.0
+            nats.append(mean * predicted / max(1, count))
+    found = perplexity(mean_nats(nats, counts))
+    kept, of = len(narrowed.rows), run.dense.config.vocab_size
+    before = ""
+    if (run.folder / "losses.json").is_file():
+        sizes = {name: len(blocks.heldout) for name, blocks in run.domains.items()}
+        whole = read_losses(run.folder / "losses.json", sizes)[domain]
+        before = f" (with all {perplexity(mean_nats(whole, counts)):.2f})"
+    say(f"{kept:,} of {of:,} tokens stay: perplexity {found:.2f} on held-out {domain}{before}")
+    return {"kept": kept, "of": of, "perplexity": finite(found)}
