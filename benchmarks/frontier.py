@@ -52,6 +52,9 @@ def places(run: Path, speed: dict[str, Any], tokens: int, profile: str) -> list[
         "slim+memory": run / "bundle",
         "merged": run / f"bundle-{memory}",
     }
+    merged = folders["merged"] / "koff.json"
+    if merged.exists() and "vocabulary" in json.loads(merged.read_text()):
+        raise SystemExit(f"{merged.parent} counts by tokens of its own: export it without merged_vocabulary")
     adapter = run / "bundle" / str(open_manifest(run / "bundle").domains[memory].adapter)
     rows = []
     for race, found in speed["races"].items():

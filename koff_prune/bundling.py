@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ from koff_prune.weights import INDEX, Weights, copy_weights, has_weights
 if TYPE_CHECKING:
     from koff_prune.run import Run
 
+_TOKENS = 1 << 31  # more than any vocabulary has
 GRAPHS = 4  # what an export of ONNX graphs makes; it rises with that, and older bundles are then made anew
 # What a bundle remembers of the recipe's `learn`, so that a memory added later is trained as its first ones.
 MEMORY_LEARN = ("window", "batch", "loss", "rates", "warmup", "gradient_checkpointing")
@@ -164,7 +165,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         }
         if merge and narrowed:
             manifest["vocabulary"] = tell_narrowed(run, narrowed, merge, aside)
-            manifest["parameters"] = _parameters(plan, manifest["vocabulary"], config)
+            manifest["parameters"] = _parameters(plan, config, manifest["vocabulary"])
         if "onnx" in recipe.export.formats:
             read = {name: run.domains[name].scoring for name in ([merge] if merge else recipe.domains)}
             if narrowed:
@@ -192,11 +193,29 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
     return target
 
 
-def _parameters(plan: Plan, narrowed: Any, config: Any) -> dict[str, int]:
+def _parameters(plan: Plan, config: Any, narrowed: Mapping[str, Any] | None) -> dict[str, int]:
     """A plan's, less what left a merged bundle with tokens: the manifest's `vocabulary`, if it has one."""
-    of = narrowed.get("of") if isinstance(narrowed, dict) else None
-    gone = max(0, of - config.vocab_size) if isinstance(of, int) else 0
+    gone = narrowed["of"] - narrowed["kept"] if narrowed else 0
     return {**plan.parameters, "slim": plan.parameters["slim"] - gone * token_parameters(config)}
+
+
+def _narrowed(folder: Path, manifest: Manifest, config: Any) -> Mapping[str, Any] | None:
+    """A manifest's `vocabulary`, checked; see `narrow.tell_narrowed`."""
+    told: Any = manifest.told.get("vocabulary")
+    if told is None:
+        return None
+    if not (
+        manifest.merged
+        and isinstance(told, dict)
+        and told.get("kept") == config.vocab_size
+        and type(told.get("of")) is int
+        and config.vocab_size <= told["of"] <= _TOKENS
+        and isinstance(told.get("perplexity"), float | None)
+    ):
+        raise KoffError(
+            f"{folder}: koff.json tells another vocabulary than config.json; fetch the bundle again"
+        )
+    return told
 
 
 def _ids(value: int | list[int] | None) -> list[int]:
@@ -275,9 +294,11 @@ def verify(folder: str | Path) -> dict[str, Any]:
     model = load_backbone(folder)
     units = read_units(model)
     slim = units.parameters
-    parameters = _parameters(plan, manifest.told.get("vocabulary"), model.config)
+    parameters = _parameters(plan, model.config, _narrowed(folder, manifest, model.config))
     if slim != parameters["slim"]:
-        raise KoffError(f"{folder}: the backbone has {slim} parameters, plan.json says {parameters['slim']}")
+        raise KoffError(
+            f"{folder}: the backbone has {slim} parameters, plan.json and koff.json say {parameters['slim']}"
+        )
     for i, (layer, kept) in enumerate(zip(units.layers, plan.layers, strict=True)):
         if (layer.ffn_neurons, layer.kv_groups) != (len(kept["ffn_neurons"]), len(kept["kv_groups"])):
             raise KoffError(f"{folder}: layer {i} of the backbone is not as wide as plan.json says")

@@ -48,9 +48,10 @@ def card(run: Run, plan: Plan, manifest: dict[str, Any]) -> str:
     table = [("with its memory", "losses.json"), ("memories off", "losses-off.json")][: 1 if merge else 2]
     found = [(label, infinite(read_json(run.folder / f))) for label, f in table if (run.folder / f).exists()]
     counts = heldout_counts(run)
+    by = ", by the dense model's tokens" if kept < tokens else ""
     if found:
         columns = [merge] if merge else [*found[0][1], "gmean"]
-        lines += ["", "Perplexity on held-out text, measured then:", "", f"| | {' | '.join(columns)} |",
+        lines += ["", f"Perplexity on held-out text{by}, measured then:", "", f"| | {' | '.join(columns)} |",
                   "| --- |" + " --- |" * len(columns)]  # fmt: skip
         for label, losses in found:
             values = perplexities(losses, counts)

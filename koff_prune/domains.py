@@ -174,15 +174,8 @@ def load_domain(
     )
 
 
-def count_tokens(
-    name: str, domain: Domain, tokenizer: PreTrainedTokenizerBase, most: int = _COUNTED
-) -> torch.Tensor:
-    """How often each token occurs in (at `most` so many tokens of) the training text, int64 [vocabulary].
-
-    Raises:
-        KoffError: As `split_documents`.
-    """
-    texts = split_documents(name, domain, seed=0).train
+def count_tokens(texts: Texts, tokenizer: PreTrainedTokenizerBase, most: int = _COUNTED) -> torch.Tensor:
+    """How often each token occurs in (at `most` so many tokens of) texts, int64 [vocabulary]."""
     ids, _ = _stream(texts, tokenizer, most, _COUNTED_PIECE, 0, None)
     return tokens(ids).bincount(minlength=max(tokenizer.get_vocab().values()) + 1)
 

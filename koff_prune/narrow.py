@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from koff_export.files import read_json, sha256_file
+from koff_export.files import read_json, sha256_file, write_json
 from koff_prune.attach import attach_memory
 from koff_prune.cut import load_backbone
 from koff_prune.device import on_device
-from koff_prune.domains import count_tokens
+from koff_prune.domains import count_tokens, split_documents
 from koff_prune.evaluate import mean_nats, perplexity, read_losses, window_losses
 from koff_prune.losses import predicted_tokens
 from koff_prune.memory import Memories
@@ -49,9 +50,10 @@ class Narrowed:
         return read_again(windows, numbers, self.own, self.dense.tokenizer)
 
     def windows(self, windows: torch.Tensor) -> torch.Tensor:
-        """The same, each cut to the shortest: int64 [n, as many]."""
+        """The same, as long as they were, int64 [at most n, window]: longer ones are cut, shorter ones go."""
         rows = self.read(windows)
-        return torch.stack([row[: min(map(len, rows))] for row in rows])
+        size = min(windows.shape[1], max(map(len, rows)))
+        return torch.stack([row[:size] for row in rows if len(row) >= size])
 
 
 def narrow(run: Run, domain: str, coverage: float, bundle: Path) -> Narrowed:
@@ -64,22 +66,31 @@ def narrow(run: Run, domain: str, coverage: float, bundle: Path) -> Narrowed:
         bundle: Being written; holds the backbone's config.json, generation_config.json and tokenizer.
 
     Raises:
-        KoffError: The tokenizer cannot be trimmed.
+        KoffError: The tokenizer cannot be trimmed, or the text is no longer the run's.
     """
     say(f"domain {domain}: counting tokens")
-    counts = {domain: count_tokens(domain, run.recipe.domains[domain], run.dense.tokenizer)}
-    write_vocabulary(run.dense, counts, coverage, bundle, KEY)
+    sides = split_documents(domain, run.recipe.domains[domain], seed=run.recipe.seed)
+    run.check_texts({domain: sides.digest})
+    counts = count_tokens(sides.train, run.dense.tokenizer)
+    write_vocabulary(run.dense, {domain: counts}, coverage, bundle, KEY)
     kept, mark = read_json(bundle / KEPT), sha256_file(bundle / KEPT)
     new = {old: n for n, old in enumerate(kept)}
     result = Narrowed(trimmed(run.dense, bundle), torch.tensor(kept), run.dense.tokenizer)
     config = AutoConfig.from_pretrained(bundle, local_files_only=True, trust_remote_code=False)
-    trim_config(config, new, mark).save_pretrained(bundle)
+    _change(bundle / "config.json", config, lambda: trim_config(config, new, mark))
     if (bundle / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(bundle, local_files_only=True)
-        renumber(generation, new)
-        generation.save_pretrained(bundle)
+        _change(bundle / "generation_config.json", generation, lambda: renumber(generation, new))
     (bundle / KEPT).unlink()
     return result
+
+
+def _change(path: Path, config: Any, work: Callable[[], object]) -> None:
+    """Writes what `work` changes of a configuration; all else in its file stays as it is."""
+    before = config.to_dict()
+    work()
+    changed = {key: value for key, value in config.to_dict().items() if value != before.get(key)}
+    write_json(path, {**read_json(path), **changed})
 
 
 def tell_narrowed(run: Run, narrowed: Narrowed, domain: str, bundle: Path) -> dict[str, Any]:
@@ -102,12 +113,16 @@ def tell_narrowed(run: Run, narrowed: Narrowed, domain: str, bundle: Path) -> di
     else:
         memories, attached = Memories(model, Memory(lora=None, kv=None), {}, 0), None
     rows = narrowed.read(windows)
+    room = model.config.max_position_embeddings - (memories.memory.kv.tokens if memories.memory.kv else 0)
     nats = []
     with bar(f"evaluating {domain}", sum(map(len, rows))) as progress:
         for row, count in zip(rows, counts, strict=True):
-            predicted = int((row[1:] >= 0).sum())
-            mean = window_losses(memories, row[None], attached, progress)[0] if predicted else 0.0
-            nats.append(mean * predicted / max(1, count))
+            total = 0.0
+            for start in range(0, len(row) - 1, room - 1):  # more pieces may be more than there are positions
+                part = row[start : start + room]
+                if predicted := int((part[1:] >= 0).sum()):
+                    total += window_losses(memories, part[None], attached, progress)[0] * predicted
+            nats.append(total / max(1, count))
     found = perplexity(mean_nats(nats, counts))
     kept, of = len(narrowed.rows), run.dense.config.vocab_size
     before = ""

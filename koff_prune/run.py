@@ -212,7 +212,7 @@ class Run:
         return trimmed(self.whole, folder)
 
     def _trim_vocabulary(self, folder: Path) -> None:
-        from koff_prune.domains import count_tokens
+        from koff_prune.domains import count_tokens, split_documents
         from koff_prune.seals import seal
         from koff_prune.vocabulary import write_vocabulary
 
@@ -220,7 +220,7 @@ class Run:
         assert coverage is not None
         for name, domain in self.recipe.domains.items():
             say(f"domain {name}: counting tokens")
-            counts[name] = count_tokens(name, domain, self.whole.tokenizer)
+            counts[name] = count_tokens(split_documents(name, domain, seed=0).train, self.whole.tokenizer)
         with staged_dir(folder) as aside:
             write_vocabulary(self.whole, counts, coverage, aside)
             self._check_vocabulary(aside)
@@ -309,13 +309,13 @@ class Run:
             text = "".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist())
             if not lines.exists() or lines.read_bytes() != text.encode():
                 write_text(lines, text)
-        self._check_texts({name: blocks.digest for name, blocks in result.items()})
+        self.check_texts({name: blocks.digest for name, blocks in result.items()})
         if fresh:
             for sentence in sentences(shared_text(result)):
                 say(sentence)
         return result
 
-    def _check_texts(self, digests: dict[str, str]) -> None:
+    def check_texts(self, digests: dict[str, str]) -> None:
         """Notes in run.json which texts the run is of; refuses others that took their place."""
         told = read_json(self.folder / "run.json")
         known = told.get("texts", {})

@@ -85,7 +85,7 @@ class Weights:
             name: replace(entry, shape=(len(rows), *entry.shape[1:])) if name in (EMBEDDINGS, HEAD) else entry
             for name, entry in self.entries.items()
         }
-        return Weights(entries, rows)
+        return Weights(entries, rows if self.rows is None else self.rows[rows])
 
     @property
     def files(self) -> list[Path]:

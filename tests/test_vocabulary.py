@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFas
 from koff_export.errors import KoffError
 from koff_prune.chat import tokens
 from koff_prune.cut import cut_on_disk, load_backbone
-from koff_prune.domains import count_tokens
+from koff_prune.domains import count_tokens, split_documents
 from koff_prune.models import Dense, open_dense
 from koff_prune.plan import make_plan
 from koff_prune.recipe import Domain, ModelSection, Structure
@@ -367,7 +367,7 @@ def test_chats_are_counted_by_what_is_read_and_said(tmp_path: Path) -> None:
     )
     (tmp_path / "chat.jsonl").write_text(lines)
     domain = Domain.model_validate({"source": {"path": str(tmp_path / "chat.jsonl"), "messages": "messages"}})
-    counts = count_tokens("chat", domain, tokenizer)
+    counts = count_tokens(split_documents("chat", domain, seed=0).train, tokenizer)
     letters = tokens(torch.tensor(ids_of(tokenizer, "asktold")))
     assert bool((counts[letters] > 0).all())
     assert int(counts[ids_of(tokenizer, "z")[0]]) == 0

@@ -118,6 +118,11 @@ def _score_windows(runtime: Runtime, path: str, memory: str | None) -> list[list
     for number, row in json_lines(path):
         tokens = row.get("tokens") if isinstance(row, dict) else None
         if isinstance(tokens, list) and all(type(t) is int for t in tokens):
+            if runtime.manifest.told.get("vocabulary"):
+                raise KoffError(
+                    f"{path}, line {number}: numbers of tokens, and this bundle has numbered its own anew"
+                    ' (export.merged_vocabulary); give {"text": "…"} instead'
+                )
             with at_line(path, number):
                 runtime.check_tokens([t if t >= 0 else -1 - t for t in tokens], memory)
             windows.append(tokens)

@@ -87,10 +87,12 @@ def _card(manifest: Manifest, some: bool) -> str:
     memory = " --memory …" if some and not manifest.merged else ""
     beside = "with memories in onnx/memories/" if some else "without memories"
     beside = f"with the memory of {manifest.merged} in it" if manifest.merged else beside
+    told = manifest.told.get("vocabulary")
+    narrow = f" It has the tokens that {manifest.merged} uses, and reads others in pieces." if told else ""
     return "\n".join([
         "---", "library_name: koff-prune", "---", "",
         f"# {manifest.model.get('source')}, cut by koff-prune, for devices", "",
-        f"A graph for ONNX Runtime, {beside} (KOFF, arXiv 2605.29075).", "",
+        f"A graph for ONNX Runtime, {beside} (KOFF, arXiv 2605.29075).{narrow}", "",
         "```", f'koff-run this-folder{memory} --prompt "…"', "```", "",
     ])  # fmt: skip
 
