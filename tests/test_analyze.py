@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import tiny_model
+from model_helpers import tiny_model, token_ids
 from run_helpers import koff_prune, mistake, recipe_of
 
 from koff_prune.specialise import activity, entropy, odds_of_removal, specific, strata
@@ -84,17 +84,19 @@ def test_strata_are_deciles_inside_a_layer() -> None:
 def test_activity_counts_what_the_model_does() -> None:
     """Probabilities and strengths equal those of the feed-forward computed apart from any hook."""
     model = tiny_model()
-    windows = {"a": torch.randint(0, 32, (2, 8)), "b": torch.randint(0, 32, (3, 8))}
+    windows = {"a": token_ids(2, 8), "b": token_ids(3, 8, seed=1)}
     seen = activity(model, windows)
-    mlp = model.model.layers[0].mlp
-    for n, rows in enumerate(windows.values()):
-        inputs: list[torch.Tensor] = []
-        handle = mlp.register_forward_pre_hook(lambda m, a, into=inputs: into.append(a[0].detach()))
-        model.model(input_ids=rows)
-        handle.remove()
-        fired = (mlp.act_fn(mlp.gate_proj(inputs[0])) > 0).float().mean((0, 1))
-        torch.testing.assert_close(seen.probability[n, 0], fired)
-    assert (seen.strength > 0).any()
+    for i, layer in enumerate(model.model.layers):
+        mlp, strengths = layer.mlp, []
+        for n, rows in enumerate(windows.values()):
+            inputs: list[torch.Tensor] = []
+            handle = mlp.register_forward_pre_hook(lambda m, a, into=inputs: into.append(a[0].detach()))
+            model.model(input_ids=rows)
+            handle.remove()
+            gate, up = mlp.act_fn(mlp.gate_proj(inputs[0])), mlp.up_proj(inputs[0])
+            torch.testing.assert_close(seen.probability[n, i], (gate > 0).float().mean((0, 1)))
+            strengths.append((gate * up).abs().mean((0, 1)))
+        torch.testing.assert_close(seen.strength[i], (strengths[0] + strengths[1]) / 2)
 
 
 def test_the_command_on_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,10 +45,17 @@ def test_draws_are_equal_for_equal_seed_and_step(units: Units) -> None:
     first, again = draws(3, [0, 1, 2]), draws(3, [2, 0])
     assert torch.equal(first[2], again[0]) and torch.equal(first[0], again[1])
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
-    assert not torch.equal(first[1], draws(4, [1])[0])
+    other = draws(4, [1, 2])
+    assert not torch.equal(first[1], other[0]) and not torch.equal(first[2], other[1])
+    assert not torch.equal(first[2], other[0]), "a seed's draws are not the next one's, a step later"
     gates = gates_of(units, HARD)
     gates.advance(5, 0.1)
-    assert torch.equal(gates.draw(), gates.draw())
+    once = gates.draw().detach().clone()
+    with torch.no_grad():
+        gates.alpha += 0.5  # as an optimizer does: the noise stays, and all that is not shut opens further
+    again = gates.draw().detach()
+    inside = (once > 0) & (once < 1)
+    assert inside.any() and (again[inside] > once[inside]).all() and (again >= once).all()
 
 
 def test_hard_concrete_is_the_papers_distribution(units: Units) -> None:
@@ -285,6 +292,27 @@ def test_a_re_estimated_mask_stays_for_some_steps(units: Units) -> None:
     gates.advance(EVERY, 0.3)
     assert not torch.equal(gates.draw().detach(), before)
     assert torch.equal(gates.draw().detach() > 0.5, gates.mask(gates.kept(0.3)))
+
+
+@pytest.mark.parametrize("kinds", [["ffn_neurons"], ["ffn_neurons", "kv_groups"]], ids=["ffn", "both"])
+@pytest.mark.parametrize("form", [HARD, STRAIGHT])
+def test_under_uniform_widths_every_layers_gates_start_alike(
+    units: Units, form: str, kinds: list[UnitKind]
+) -> None:
+    """Each layer loses as much, so scores of a layer that are all higher must not open its gates further."""
+    scores = {kind: [t + 10 * i for i, t in enumerate(table)] for kind, table in random_scores(units).items()}
+    starts = {}
+    for widths in ("uniform", "per_layer"):
+        structure = Structure(units=kinds, sparsity=0.3, of="blocks", widths=widths)  # type: ignore[arg-type]
+        start = Gates(units, structure, form, scores, 0).scores()
+        starts[widths] = [torch.cat([start[kind][i] for kind in kinds]) for i in range(len(units.layers))]
+        for i, mine in enumerate(starts[widths]):
+            given = torch.cat([scores[kind][i] for kind in kinds])
+            assert torch.equal(mine.argsort(), given.argsort())
+    first, *others = (mine.sort().values for mine in starts["uniform"])
+    assert len(others) == 2 and all(torch.equal(first, other) for other in others)
+    low, middle, high = starts["per_layer"]
+    assert low.max() < middle.min() and middle.max() < high.min()
 
 
 def test_hard_concrete_gates_start_open(units: Units) -> None:

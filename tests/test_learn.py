@@ -161,21 +161,38 @@ def test_one_draw_per_step_for_all_domains_and_one_step_for_all(
     assert grads == [set(WINDOWS)] * STEPS
 
 
-def test_the_loss_is_the_mean_over_domains(tmp_path: Path) -> None:
-    """The first step's reported loss and gradient scale, against plain torch."""
+def test_the_loss_is_the_mean_over_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step's reported loss, and its gradients before they are clipped, against plain torch."""
     memories, _ = start()
     told: list[float] = []
     plain = []
     order = DomainWindows(WINDOWS, 1, BATCH, 0)
+    learned = [*memories.lora_parameters(), *memories.kv_parameters()]
     for n, domain in enumerate(WINDOWS):
         memories.activate(domain)
         rows = torch.stack([order[n * BATCH + r]["input_ids"] for r in range(BATCH)])
-        with torch.no_grad():
-            plain.append(float(memories.base(input_ids=rows, labels=rows, use_cache=False).loss))
+        loss = memories.base(input_ids=rows, labels=rows, use_cache=False).loss
+        (loss / len(WINDOWS)).backward()
+        plain.append(float(loss.detach()))
     memories.activate(None)
+    wanted = [p.grad for p in learned]
+    for p in learned:
+        p.grad = None
+    found: list[torch.Tensor | None] = []
+    training_step = LearnTrainer.training_step
+
+    def spy(self: LearnTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = training_step(self, *args, **kwargs)
+        found[:] = [None if p.grad is None else p.grad.clone() for p in learned]  # of the last batch, all
+        return result
+
+    monkeypatch.setattr(LearnTrainer, "training_step", spy)
     train(memories, WINDOWS, section(), Phase(TOKENS // STEPS, 0.0, 1.0), tmp_path,
           report=lambda step, loss, sparsity: told.append(loss))  # fmt: skip
     assert told == [pytest.approx(sum(plain) / 3, rel=1e-4)]
+    assert len(found) == len(wanted) > 0
+    for mine, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:

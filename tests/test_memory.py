@@ -202,6 +202,16 @@ def test_a_memory_of_another_plan_or_model_is_refused(tmp_path: Path) -> None:
         KvMemory.from_tensors({"layers.0.key": torch.zeros(1, 3, 2), "layers.1.value": torch.zeros(1, 3, 2)})
 
 
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_half_of_a_lora_is_no_memory(half: str, tmp_path: Path) -> None:
+    tensors = memories_on(tiny_model()).tensors("law")
+    gone = next(name for name in tensors["lora"] if f"layers.1.mlp.up_proj.{half}" in name)
+    del tensors["lora"][gone]
+    save_memory(tmp_path / "law", tensors, tiny_memory(), "base")
+    with pytest.raises(KoffError, match=f"memory law: LoRA: tensor .*up_proj.{half}.* is missing"):
+        attach_memory(tiny_model(), tmp_path / "law")
+
+
 def test_prefill_is_what_the_model_computes() -> None:
     model = tiny_model()
     layers = prefill(model, token_ids(6))

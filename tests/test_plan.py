@@ -115,6 +115,21 @@ def test_global_means_global() -> None:
     assert [len(x["ffn_neurons"]) for x in even] == [24, 24]
 
 
+@pytest.mark.parametrize("cheaper", [0, 1])
+def test_the_middle_neuron_of_a_run_speaks_for_it(cheaper: int) -> None:
+    """Of two runs of four, the one that goes is lower in its third score, and higher in all else."""
+    units = units_like(layers=2, ffn=32)
+    high = torch.arange(200.0, 228.0)
+    runs = [torch.tensor([1.0, 1.0, 4.0, 100.0]), torch.tensor([0.0, 0.0, 5.0, 6.0])]
+    scores: Scores = {"ffn_neurons": [torch.cat([high, run]) for run in runs], "kv_groups": []}
+    if cheaper == 1:
+        scores["ffn_neurons"].reverse()
+    share = 4 * units.layers[0].ffn_cost / units.parameters
+    kept = choose(scores, units, Structure(sparsity=share, round_to=4), share)
+    assert kept[cheaper]["ffn_neurons"] == list(range(28))
+    assert kept[1 - cheaper]["ffn_neurons"] == list(range(32))
+
+
 @pytest.mark.parametrize("kinds", [["ffn_neurons"], ["ffn_neurons", "kv_groups"], ["kv_groups"]])
 def test_per_layer_takes_the_same_share_of_every_layer(kinds: list[UnitKind]) -> None:
     """However much lower the scores of one layer are, KV groups among them."""

@@ -250,6 +250,15 @@ def test_a_rival_under_other_conditions_is_none(stranger: dict[str, Any]) -> Non
     assert verdict.closed is not None and verdict.closed["rival"].startswith("fisher")
 
 
+def test_memories_off_are_those_of_koffs_own_plan() -> None:
+    """A koff of another plan is another model: it says nothing of what koff offloads, and may beat koff."""
+    worse, better = (row("koff", nats, trained_with="lora+kv", plan="another") for nats in (0.5, 0.01))
+    dense, koff, *rest = FULL
+    assert judge([dense, koff, worse, *rest]).offloaded == judge(FULL).offloaded is not None
+    told = judge([*FULL, better]).sentences
+    assert any("does not beat koff, memories off, plan another" in s for s in told), told
+
+
 def test_losing_is_said() -> None:
     verdict = judge([*FULL, with_memories("taylor", -0.01)])
     assert any("does not beat taylor, global ranking, with memories" in s for s in verdict.sentences)

@@ -56,6 +56,18 @@ def test_one_token_tells_nothing(bundle: Path) -> None:
     assert route(runtime, [5]).memory is None and Router(bundle).choose_tokens([5]).losses == {}
 
 
+def test_a_memory_that_leaves_no_room_is_passed_over_in_torch_as_on_a_device(bundle: Path) -> None:
+    """One token must fit behind the memory and the prompt; the bare backbone is held to the context alone."""
+    runtime, router = Runtime.open(bundle), Router(bundle, torch.float32)
+    context = router.manifest.context
+    assert context is not None
+    assert {told.kv_tokens for told in router.manifest.domains.values()} == {4}
+    for behind, names in ((1, {"none", "law", "code"}), (0, {"none"}), (-1, {"none"})):
+        prompt = [5] * (context - 4 - behind)
+        here, device = router.choose_tokens(prompt), route(runtime, prompt)
+        assert set(here.losses) == set(device.losses) == names
+
+
 def test_koff_run_picks_for_each_prompt(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

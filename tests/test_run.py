@@ -296,6 +296,9 @@ def test_every_method_and_both_rankings_share_the_road(tmp_path: Path) -> None:
     assert ceiling["tokens"]["settle"] == rows[1]["tokens"]["learn"] + rows[1]["tokens"]["settle"] == 512
     assert rows[9]["compensate"] == "none" and rows[9]["memory"] == "lora"
     assert rows[10]["tokens"] == {"score": 256, "learn": 384, "settle": 512}
+    unscored = {r["method"] for r in rows if r["tokens"]["score"] == 0}
+    assert unscored == {"dense", "magnitude", "random"}, "the others read the scoring text, wanda too"
+    assert {r["tokens"]["score"] for r in rows if r["method"] not in unscored} == {256}
     assert rows[11]["gates"] == "hard_concrete" and rows[11]["memory"] == "kv"
     assert all(abs(r["sparsity"]["realised"] - 0.1) <= 0.002 for r in rows if r["method"] != "dense")
     assert len({r["plan"] for r in rows}) >= 6

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from koff_export.errors import KoffError
 from koff_prune.gates import GateHooks, Gates
 from koff_prune.recipe import BASELINES, Structure
-from koff_prune.scores import DRAWS, Statistics, UnitImportance, collect, score_units
+from koff_prune.scores import DRAWS, Statistics, UnitImportance, collect, consumer, score_units
 from koff_prune.tensor_file import save_tensors
 from koff_prune.units import KINDS, Units, ffn_group, head_channels, read_units
 
@@ -90,6 +90,30 @@ def test_taylor_and_fisher(
     assert close(taylor, gate_gradients.sum(0).abs())
     fisher = flat(score_units("fisher", dense, units, BOTH, statistics), units)
     assert close(fisher, gate_gradients.square().sum(0))
+
+
+def test_fisher_tokens_squares_what_each_token_adds() -> None:
+    """By autograd on a gate of its own for every token and channel; the channels of a unit add up first."""
+    dense = tiny_model()
+    units = read_units(dense)
+    scores = score_units("fisher_tokens", dense, units, BOTH, collect(dense, units, KINDS, WINDOWS))
+    wanted: dict[tuple[int, str], torch.Tensor] = {}
+    hooks = GateHooks(dense, units)
+    for window in WINDOWS:
+        hooks.z = {
+            (i, kind): torch.ones(len(window), consumer(layer, kind).in_features, requires_grad=True)
+            for i, layer in enumerate(dense.model.layers)
+            for kind in KINDS
+        }
+        logits = dense(input_ids=window[None], use_cache=False).logits[0]
+        functional.cross_entropy(logits[:-1], window[1:], reduction="sum").backward()
+        for (i, kind), z in hooks.z.items():
+            assert z.grad is not None
+            each = z.grad.view(len(window), units.layers[i].count(kind), -1).sum(2)
+            wanted[i, kind] = wanted.get((i, kind), 0) + each.square().sum(0)
+    hooks.remove()
+    for (i, kind), value in wanted.items():
+        assert close(scores[kind][i] * units.layers[i].cost(kind), value)  # type: ignore[index]
 
 
 def test_curvature_is_the_fisher_of_labels_that_the_model_draws() -> None:

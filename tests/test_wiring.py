@@ -65,6 +65,9 @@ def test_every_row_is_trained_as_its_report_says(
         assert row["tokens"]["settle"] == seen.total() == learned.total() + settled.total()
     for _, _, seen in trainings:
         assert seen["code"] == 2 * seen["law"]
+    magnitude, dense = rivals
+    assert magnitude["tokens"]["score"] == koff["tokens"]["score"] > 0, "its compensation reads the text"
+    assert dense["tokens"]["score"] == 0
 
 
 @pytest.mark.parametrize("better", ["global", "per_layer"])

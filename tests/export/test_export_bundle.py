@@ -144,6 +144,24 @@ def test_a_memory_can_be_dropped_in_and_a_foreign_one_is_refused(exported: Expor
         runtime.memory("law")
 
 
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_half_of_a_lora_is_no_memory(half: str, copy: Path) -> None:
+    """The other half's slot has a default of no size, which a matrix of some rank cannot be multiplied by."""
+    import onnxruntime as ort
+
+    whole = ort.AdapterFormat.read_adapter(str(copy / "onnx/memories/law.onnx_adapter"))
+    tensors = whole.get_parameters()
+    torn = ort.AdapterFormat()
+    torn.set_adapter_version(1)
+    torn.set_model_version(1)
+    gone = f"model.layers.0.mlp.up_proj.{half}.weight"
+    assert gone in tensors
+    torn.set_parameters({name: value for name, value in tensors.items() if name != gone})
+    torn.export_adapter(str(copy / "onnx/memories/torn.onnx_adapter"))
+    with pytest.raises(KoffError, match="'torn' is incomplete: fetch it again"):
+        Runtime.open(copy, threads=1).memory("torn")
+
+
 def test_a_chat_template_cannot_reach_python(copy: Path) -> None:
     config = json.loads((copy / "tokenizer_config.json").read_text())
     for source in (
