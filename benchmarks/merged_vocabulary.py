@@ -1,6 +1,6 @@
 """What a merged bundle gains and loses by its domain's tokens alone: size, perplexity, speed.
 
-python benchmarks/merged_vocabulary.py RUN [--coverage 0.999] [--precision int8] [--domain NAME]
+python benchmarks/merged_vocabulary.py RUN [--coverage 0.999] [--precision int8] [--domain NAME] [--out FILE]
 
 RUN is a finished run. Every domain's memory is merged twice, with all tokens of the run and with those that
 `export.merged_vocabulary` leaves, into RUN/merged/. Both are open in one process and take turns (see
@@ -86,7 +86,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--coverage", type=float, default=0.999)
     parser.add_argument("--precision", default="int8", choices=["fp16", "int8", "int4"])
-    parser.add_argument("--domain", action="append")
+    parser.add_argument("--domain", action="append", help="only this one; repeatable")
+    parser.add_argument("--out", type=Path, default=HERE / "merged_vocabulary.json")
     args = parser.parse_args()
     names = args.domain or list(koff_prune.load_recipe(args.run / "recipe.yaml", check_files=False).domains)
     words = [args.run.name if word == str(args.run) else word for word in sys.argv[1:]]
@@ -97,7 +98,7 @@ def main() -> None:
     for name in names:
         found = result["domains"][name] = compare(args.run, name, args.coverage, args.precision)
         print(name, json.dumps(found), flush=True)
-        (HERE / "merged_vocabulary.json").write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
