@@ -22,6 +22,7 @@ _WHERE = {
     "verify": "koff_prune.bundling",
     "load_bundle": "koff_prune.bundling",
     "attach_memory": "koff_prune.bundling",
+    "load_tokenizer": "koff_prune.attach",
     "Router": "koff_prune.router",
     "load_backbone": "koff_prune.cut",
     "load_recipe": "koff_prune.reading",
@@ -42,6 +43,7 @@ __all__ = [
     "load_backbone",
     "load_bundle",
     "load_recipe",
+    "load_tokenizer",
     "plan",
     "verify",
 ]
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from koff_prune.api import learn as learn
     from koff_prune.api import plan as plan
     from koff_prune.attach import attach_memory as attach_memory
+    from koff_prune.attach import load_tokenizer as load_tokenizer
     from koff_prune.bundling import load_bundle as load_bundle
     from koff_prune.bundling import verify as verify
     from koff_prune.cut import load_backbone as load_backbone

@@ -82,7 +82,7 @@ def recipe_of(
     memory = {}
     if others:
         memory = memory_of_folder(bundle / "memories" / others[0]).model_dump(mode="json")
-        memory = {part: value or "none" for part, value in memory.items()}
+        memory = {part: "none" if value is None else value for part, value in memory.items()}
     known = manifest.told.get("learn", {})  # not in bundles of earlier versions
     learn = {key: known[key] for key in MEMORY_LEARN if key in known} if isinstance(known, dict) else {}
     made = {

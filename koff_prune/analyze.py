@@ -138,7 +138,7 @@ def _swaps(run: Run, tokens: int) -> dict[str, Any]:
     with bar("swapping memories", total) as progress:
         for text, rows in windows.items():
             losses[text] = {
-                name: text_losses(run, memories, rows, None if name == OFF else name, progress)
+                name: text_losses(run, memories, rows, text, None if name == OFF else name, progress)
                 for name in names
             }
     documents = {n: b.heldout_documents[: len(windows[n])] for n, b in run.domains.items()}

@@ -163,6 +163,7 @@ def apply(recipe: Recipe | str | Path, out: str | Path | None = None, *, resume:
         KoffError: A mistake that the user can mend.
     """
     with _open(recipe, out, resume) as run:
+        check_merge(run.recipe, None)
         _cut(run)
         _compare(run)
         with ranks.turn():

@@ -27,7 +27,7 @@ from koff_prune.formats import tell_memory, write_gguf, write_onnx
 from koff_prune.lock import alone
 from koff_prune.memory import MEMORY_FILES, RECOVERY, kind_of, load_memory, memory_of_folder, save_memory
 from koff_prune.merge import folding
-from koff_prune.narrow import narrow, tell_narrowed
+from koff_prune.narrow import narrow, tell_narrowed, write_own_tokens
 from koff_prune.numerics import accuracy, checked_numerics
 from koff_prune.plan import Plan
 from koff_prune.progress import say
@@ -118,7 +118,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         folded += [merge] if merge is not None else []
         fold = folding([memories / name for name in folded]) if folded else None
         coverage = recipe.export.merged_vocabulary
-        narrowed = narrow(run, merge, coverage, aside) if merge and coverage else None
+        narrowed = narrow(run, merge, coverage, aside)
         dense, rows = (narrowed.dense, narrowed.rows) if narrowed else (run.dense, None)
         same = copy_weights(backbone, aside, recipe.export.shard_bytes, fold, rows)
         known = {name: digest for name, digest in sums.items() if same and name in weights}
@@ -126,6 +126,8 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
         if merge is None:
             for name in domains:
                 shutil.copytree(memories / name, aside / "memories" / name)
+                if run.dense.own is not None:
+                    write_own_tokens(run, name, aside / "memories" / name)
         else:
             place = memories / merge
             section, tensors = memory_of_folder(place), load_memory(place)
@@ -172,7 +174,9 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
                 read = {name: narrowed.windows(windows) for name, windows in read.items()}
             listed = domains if merge is None else []
             manifest["graph"] = write_onnx(aside, listed, recipe.export, merge, read)
-            if not write_genai_config(aside, manifest):
+            if any(domain.get("tokens") for domain in told.values()):
+                say("no genai_config.json: onnxruntime-genai has one tokenizer for all memories")
+            elif not write_genai_config(aside, manifest):
                 say("no genai_config.json: onnxruntime-genai wants equally many KV heads in every layer")
         if "gguf" in recipe.export.formats:
             manifest["gguf"] = write_gguf(aside, told, recipe.export)
@@ -183,8 +187,10 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
             manifest["numerics"]["onnx_logits"] = checked_numerics(aside, str(target))
             measured = domains if merge is None else [merge]
             texts = {name: run.domains[name].heldout[:1] for name in measured}
-            if narrowed:
+            if merge and narrowed:
                 texts = {name: narrowed.windows(windows) for name, windows in texts.items()}
+            elif own := run.dense.own:
+                texts = {name: own.numbered(windows, name) for name, windows in texts.items()}
             first = {name: tokens(windows[0]).tolist() for name, windows in texts.items()}
             manifest["numerics"]["precision"] = accuracy(aside, first)
             if "fused" in manifest["graph"]:
@@ -195,7 +201,7 @@ def _write_bundle(run: Run, target: Path, merge: str | None, stamp: dict[str, An
 
 def _parameters(plan: Plan, config: Any, narrowed: Mapping[str, Any] | None) -> dict[str, int]:
     """A plan's, less what left a merged bundle with tokens: the manifest's `vocabulary`, if it has one."""
-    gone = narrowed["of"] - narrowed["kept"] if narrowed else 0
+    gone = narrowed.get("counted", narrowed["of"]) - narrowed["kept"] if narrowed else 0
     return {**plan.parameters, "slim": plan.parameters["slim"] - gone * token_parameters(config)}
 
 
@@ -210,6 +216,8 @@ def _narrowed(folder: Path, manifest: Manifest, config: Any) -> Mapping[str, Any
         and told.get("kept") == config.vocab_size
         and type(told.get("of")) is int
         and config.vocab_size <= told["of"] <= _TOKENS
+        and type(told.get("counted", 0)) is int
+        and 0 <= told.get("counted", 0) <= told["of"]
         and isinstance(told.get("perplexity"), float | None)
     ):
         raise KoffError(

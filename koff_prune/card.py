@@ -25,7 +25,9 @@ def card(run: Run, plan: Plan, manifest: dict[str, Any]) -> str:
         f"with the memory of {merge} in it" if merge else f"with {'' if domains else 'no '}memories beside it"
     )
     tokens, users = run.whole.config.vocab_size, f"{merge} uses" if narrowed else "its domains use"
-    kept = narrowed["kept"] if narrowed else run.dense.config.vocab_size
+    own = run.dense.own if not merge else None
+    kept = narrowed["kept"] if narrowed else own.shared if own else run.dense.config.vocab_size
+    users = "two domains or more use" if own else users
     lines = [
         "---", "library_name: koff-prune", *([f"base_model: {name}"] if on_hub else []), "---", "",
         f"# {name}, {plan.removed}", "",
@@ -33,16 +35,20 @@ def card(run: Run, plan: Plan, manifest: dict[str, Any]) -> str:
         f" cut by koff-prune (KOFF, arXiv 2605.29075), {beside}."
         + (" What all domains recovered together is part of it." if run.recipe.cut.recover else "")
         + (f" It has {kept:,} of {tokens:,} tokens, those that {users}, and reads others in pieces."
-           if kept < tokens else ""), "",
+           if kept < tokens else "")
+        + (" Each memory has tokens of its own, and so its own tokenizer." if own else ""), "",
     ]  # fmt: skip
     lines += ["The licence of the dense model holds for it too: add it where it does not lie here.", ""]
     if domains and not merge:
         lines += ["As it was exported it had these memories; koff.json tells which there are by now"
                   " (`koff-prune memory list`).", ""]  # fmt: skip
     if domains:
-        lines += ["| memory | parameters | LoRA rank | KV tokens |", "| --- | --- | --- | --- |"]
+        more = (" own tokens |", " --- |") if own else ("", "")
+        lines += [f"| memory | parameters | LoRA rank | KV tokens |{more[0]}",
+                  f"| --- | --- | --- | --- |{more[1]}"]  # fmt: skip
     lines += [
         f"| {name} | {d['parameters']:,} | {d['lora_rank']} | {d['kv_tokens']} |"
+        + (f" {d['tokens']:,} |" if own else "")
         for name, d in domains.items()
     ]
     table = [("with its memory", "losses.json"), ("memories off", "losses-off.json")][: 1 if merge else 2]
@@ -59,7 +65,8 @@ def card(run: Run, plan: Plan, manifest: dict[str, Any]) -> str:
                 values[merge] = infinite(narrowed["perplexity"])
             lines.append(f"| {label} | " + " | ".join(f"{values[name]:.2f}" for name in columns) + " |")
     memory = "" if merge or not domains else ', memory="…"'
-    lines += ["", "```python", "from koff_prune import load_bundle",
+    lines += ["", "```python", f"from koff_prune import load_bundle{', load_tokenizer' if own else ''}",
               f'model = load_bundle("this folder"{memory})',
+              *([f'tokenizer = load_tokenizer("this folder"{memory})'] if own else []),
               "```", ""]  # fmt: skip
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from koff_prune.stages import (
     plan_arm,
     start_of,
 )  # fmt: skip
+from koff_prune.units import token_parameters
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,7 +90,7 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
     if attached:
         first = load_memory(folder / "memories" / next(iter(run.domains)))
         kind = kind_of(first)
-        size = sum(t.numel() for part in first.values() for t in part.values())
+        size = sum(t.numel() for part in first.values() for t in part.values()) + own_parameters(run)
     needs_scores = arm.method not in ("dense", "magnitude", "random") or arm.compensate != "none"
     counts = heldout_counts(run)
     times = read_json(folder / "times.json") if (folder / "times.json").exists() else {}
@@ -143,6 +144,12 @@ def _row(run: Run, arm: Arm, folder: Path, *, attached: bool) -> dict[str, Any]:
     return row
 
 
+def own_parameters(run: Run) -> int:
+    """What a memory's own tokens weigh, in the mean over the domains."""
+    own, dense = run.dense.own, run.dense.config
+    return round(own.mean_count() * token_parameters(dense)) if own is not None else 0
+
+
 def _write(run: Run, rows: list[dict[str, Any]]) -> None:
     recipe, arm = run.recipe, main_arm(run)
     gates = load_gates(run, arm, run.folder)
@@ -180,14 +187,20 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
 
 
 def _vocabulary(run: Run, dense: dict[str, Any]) -> str:
-    """How many tokens stay, and what that alone costs."""
-    whole, kept = run.whole.config.vocab_size, run.dense.config.vocab_size
+    """How many tokens stay, and what those that leave cost alone."""
+    whole, kept, own = run.whole.config.vocab_size, run.dense.config.vocab_size, run.dense.own
     found = perplexities(trimmed_losses(run), heldout_counts(run))["gmean"]
-    share = run.units.trimmed / run.units.denominator("total")
+    share = f"{run.units.trimmed / run.units.denominator('total'):.1%} of all parameters"
+    told = f"{kept:,} of {whole:,} tokens stay ({share} leave with the others): that alone"
+    if own is not None:
+        each = ", ".join(f"{name} {own.count(name):,}" for name in own.spans)
+        told = (
+            f"{own.shared:,} of {whole:,} tokens stay in the backbone ({share} leave it with the others), and"
+            f" memories have tokens of their own: {each}. That no other is left, alone,"
+        )
     return (
-        f"{kept:,} of {whole:,} tokens stay ({share:.1%} of all parameters leave with the others): that alone"
-        f" makes the dense model's perplexity {found:.2f} instead of {dense['perplexity']['gmean']:.2f}."
-        " Perplexities are by the dense model's own tokens."
+        f"{told} makes the dense model's perplexity {found:.2f} instead of"
+        f" {dense['perplexity']['gmean']:.2f}. Perplexities are by the dense model's own tokens."
     )
 
 

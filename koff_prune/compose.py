@@ -41,6 +41,8 @@ def compose(
     Raises:
         KoffError: Weights that do not fit, a sum that is too large, or positions that cannot be moved.
     """
+    if any("tokens" in tensors for tensors, _ in parts):
+        raise KoffError("memories with tokens of their own read text in ways of their own: attach one alone")
     if weights is None:
         weights = equal_weights([memory.lora is not None for _, memory in parts])
     if len(weights) != len(parts):

@@ -50,6 +50,20 @@ def window_losses(
     return losses
 
 
+def total_nats(
+    memories: Memories, row: torch.Tensor, domain: str | None, progress: Callable[[int], None] | None = None
+) -> float:
+    """Nats of a text of any length, int64 [tokens]: in parts of as many tokens as the model has positions."""
+    memory = memories.kv.get(domain) if domain is not None else None
+    room = memories.base.config.max_position_embeddings - (memory.tokens if memory is not None else 0)
+    total = 0.0
+    for start in range(0, len(row) - 1, room - 1):  # of each but the first, one token is read alone
+        part = row[start : start + room]
+        if predicted := int((part[1:] >= 0).sum()):
+            total += window_losses(memories, part[None], domain, progress)[0] * predicted
+    return total
+
+
 def mean_nats(values: Sequence[float], counts: Sequence[int]) -> float:
     """Mean nats per predicted token over windows of `counts` such tokens each."""
     return sum(value * n for value, n in zip(values, counts, strict=True)) / sum(counts)

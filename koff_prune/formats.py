@@ -31,6 +31,10 @@ def lora_slots(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Ten
 def tell_memory(folder: Path, name: str, formats: Sequence[str]) -> dict[str, Any]:
     """What the manifest says of a saved memory in a bundle of these formats."""
     memory, tensors = memory_of_folder(folder), load_memory(folder)
+    own = tensors.get("tokens", {})
+    tokens: dict[str, Any] = {}
+    if own:
+        tokens = {"tokens": len(own.get("embedding", ())), "tokenizer": f"memories/{name}/tokenizer.json"}
     return {
         "kv_tokens": memory.kv.tokens if memory.kv else 0,
         "lora_rank": memory.lora.rank if memory.lora else 0,
@@ -40,6 +44,7 @@ def tell_memory(folder: Path, name: str, formats: Sequence[str]) -> dict[str, An
         "adapter": f"onnx/memories/{name}.onnx_adapter" if "onnx" in formats else None,
         "gguf": f"gguf/memories/{name}.gguf" if "gguf" in formats and memory.lora else None,
         "peft": f"memories/{name}",
+        **tokens,
     }
 
 
@@ -66,11 +71,12 @@ def write_onnx(
     model = load_backbone(folder)
     fused = "fused" in export.onnx.profiles
     places = {name: folder / "memories" / name for name in domains}
-    slots = [lora_slots(load_memory(place).get("lora", {})) for place in places.values()]
-    modules = sorted({module for table in slots for module in table})
+    tensors = [load_memory(place) for place in places.values()]
+    modules = sorted({module for part in tensors for module in lora_slots(part.get("lora", {}))})
     say("writing the ONNX graph")
     baked = None if merged is None else _kv_of(folder / "memories" / merged, model)
-    info = export_onnx(model, folder, lora_modules=modules, baked=baked)
+    own_tokens = any("tokens" in part for part in tensors)
+    info = export_onnx(model, folder, lora_modules=modules, baked=baked, own_tokens=own_tokens)
     for name, place in places.items():
         write_onnx_memory(place, folder / "onnx" / "memories" / f"{name}.onnx_adapter", info.layers)
     few = {str(name): BITS[name] for name in export.onnx.precision if name != "fp32"}
@@ -130,7 +136,8 @@ def write_onnx_memory(memory: Path, target: Path, layers: int) -> None:
     pairs = None
     if kv is not None:
         pairs = [(kv[f"layers.{i}.key"], kv[f"layers.{i}.value"]) for i in range(layers)]
-    write_adapter(target, {module: (a, b, scale) for module, (a, b) in slots.items()}, pairs)
+    lora = {module: (a, b, scale) for module, (a, b) in slots.items()}
+    write_adapter(target, lora, pairs, tensors.get("tokens"))
 
 
 def write_gguf(folder: Path, domains: Mapping[str, Mapping[str, Any]], export: Export) -> dict[str, Any]:

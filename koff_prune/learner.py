@@ -96,6 +96,8 @@ class Learner(nn.Module):
             labels, rows = labels[rows], rows.to(out.device)
             out, teacher = out[rows], teacher[rows] if teacher is not None else None
         labels = labels.to(out.device)
+        if memories.own is not None:
+            head, labels = memories.own.head(head, name), memories.own.numbered(labels, name)
         share = count * ranks.world() / max(1, all_said)  # so that a token weighs the same everywhere
         parts = {"ce": self.loss.ce, "kl": self.loss.kl} if teacher is not None else {"ce": 1.0, "kl": 0.0}
         cap = getattr(memories.base.config, "final_logit_softcapping", None)

@@ -17,13 +17,14 @@ from koff_prune import ranks
 from koff_prune.arms import Arm
 from koff_prune.device import on_device
 from koff_prune.domains import learned_tokens
-from koff_prune.evaluate import read_losses, window_losses
+from koff_prune.evaluate import read_losses, total_nats, window_losses
 from koff_prune.memory import Memories
 from koff_prune.pages import finite
 from koff_prune.progress import bar
 from koff_prune.recipe import Memory
+from koff_prune.retokenise import read_again
 from koff_prune.stages import cut_arm
-from koff_prune.vocabulary import KEPT, read_again
+from koff_prune.vocabulary import KEPT
 
 if TYPE_CHECKING:
     from koff_prune.models import Dense
@@ -69,7 +70,9 @@ def _kept(
                 with bar(f"evaluating {label}", total) as progress, run.timed("evaluating", path.parent):
                     for name, blocks in run.domains.items():
                         who = name if attached else None
-                        result[name] = text_losses(run, memories, blocks.heldout, who, progress, whole=whole)
+                        result[name] = text_losses(
+                            run, memories, blocks.heldout, name, who, progress, whole=whole
+                        )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, finite(result))
     return read_losses(path, {name: len(blocks.heldout) for name, blocks in run.domains.items()})
@@ -79,6 +82,7 @@ def text_losses(
     run: Run,
     memories: Memories,
     windows: torch.Tensor,
+    text: str | None,
     domain: str | None,
     progress: Callable[[int], None] | None = None,
     *,
@@ -90,6 +94,7 @@ def text_losses(
         run: Whose tokenizers these are.
         memories: Around the model to be judged.
         windows: int64 [n, window], of the run's tokenizer.
+        text: The domain that they are of, and whose tokens they have; None for none.
         domain: Whose memory to attach; None for none.
         progress: As for `window_losses`.
         whole: The model has its whole vocabulary, and reads the windows' text by it.
@@ -98,14 +103,20 @@ def text_losses(
         return window_losses(memories, windows, domain, progress)
     rows = _whole(run, windows)
     counts = _counts(rows)
-    if whole:
+    own = memories.own
+    if own is not None and (text is None or text != domain):
+        there = own.rows(domain).tolist()
+        rows = read_again(
+            windows, dict(zip(there, there, strict=True)), run.dense.tokenizer, own.readers[domain]
+        )
+    elif not whole:
+        losses = window_losses(memories, windows, domain, progress)
         return [
-            window_losses(memories, row[None], domain, progress)[0] if count else 0.0
-            for row, count in zip(rows, counts, strict=True)
+            value * n / max(1, m) for value, n, m in zip(losses, learned_tokens(windows), counts, strict=True)
         ]
-    losses = window_losses(memories, windows, domain, progress)
     return [
-        value * n / max(1, m) for value, n, m in zip(losses, learned_tokens(windows), counts, strict=True)
+        total_nats(memories, row, domain, progress) / max(1, count)
+        for row, count in zip(rows, counts, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ attention sink (Cartridges, Eyuboglu et al. 2025, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from koff_export.attention import set_attention
 from koff_export.errors import KoffError
 from koff_export.files import check_safetensors, read_json
 from koff_prune.device import device_of
+from koff_prune.own_tokens import OwnTokens
 from koff_prune.recipe import Lora, Memory, MemoryKind
 from koff_prune.units import decoder_layers
 
@@ -101,6 +102,8 @@ class Memories:
         prefills: Per domain, the tokens [P] that its cache starts from.
         seed: Of LoRA's random half, the same for every domain's same-named module.
         recover: A LoRA that stays attached whichever memory is, and without one: it is the backbone's.
+        own: Of a model that has every domain's own tokens: the active memory's and the backbone's alone
+            are possible. None: all are.
 
     Attributes:
         model: The PEFT model, or the plain one without LoRA.
@@ -114,14 +117,19 @@ class Memories:
         prefills: Mapping[str, torch.Tensor],
         seed: int,
         recover: Lora | None = None,
+        own: OwnTokens | None = None,
     ) -> None:
         self.memory, self.domains, self.recover = memory, list(prefills), recover
         self.base = model
         self.kv: dict[str, KvMemory] = {}
         self.active: str | None = None
+        self.own = own
         self.tokens = 0  # P of the active memory
         set_attention(model)
-        self._shift = model.model.register_forward_pre_hook(self._shift_positions, with_kwargs=True)
+        shift = model.model.register_forward_pre_hook(self._shift_positions, with_kwargs=True)
+        self.undo: list[Callable[[], object]] = [shift.remove]  # what `unwrap` does
+        if own is not None:
+            self.undo.append(model.register_forward_hook(self._hide_tokens).remove)
         if memory.kv is not None:
             for name, ids in prefills.items():
                 self.kv[name] = KvMemory(prefill(model, ids))
@@ -182,6 +190,10 @@ class Memories:
             seen = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(seen, seen + given.shape[1], device=given.device)[None]
         return args, {**kwargs, "position_ids": positions + self.tokens}
+
+    def _hide_tokens(self, module: nn.Module, args: Any, output: Any) -> None:
+        assert self.own is not None
+        self.own.hide(output.logits, self.active)
 
     def activate(self, domain: str | None) -> None:
         """Attaches one domain's memory, or takes all off (None); what is recovered stays."""
@@ -267,7 +279,8 @@ class Memories:
     def unwrap(self) -> PreTrainedModel:
         """Takes every memory off for good and returns the model as it was before."""
         self.activate(None)
-        self._shift.remove()
+        for step in self.undo:
+            step()
         if isinstance(self.model, PeftModel):
             self.base = self.model.unload()
         return self.base
@@ -308,6 +321,7 @@ _NOT_PLAIN = (
     "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
 MEMORY_FILES = {"lora": "adapter_model.safetensors", "kv": "kv.safetensors"}
+FILES = {**MEMORY_FILES, "tokens": "tokens.safetensors"}  # and of its own tokens the rows, in a bundle
 
 
 def save_memory(
@@ -315,7 +329,7 @@ def save_memory(
 ) -> None:
     """Writes one domain's memory: a plain PEFT LoRA folder, and kv.safetensors beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part, file in MEMORY_FILES.items():
+    for part, file in FILES.items():
         if part in tensors:
             save_file(
                 {k: v.contiguous() for k, v in tensors[part].items()},
@@ -339,7 +353,7 @@ def load_memory(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
         KoffError: No memory there, or a damaged file.
     """
     result = {}
-    for part, file in MEMORY_FILES.items():
+    for part, file in FILES.items():
         if (folder / file).exists():
             check_safetensors(folder / file)
             result[part] = load_file(folder / file)

@@ -34,6 +34,7 @@ from koff_export.errors import KoffError
 from koff_export.files import read_json
 from koff_prune.architecture import check, native_dtype
 from koff_prune.gguf_model import dequantised, gguf_config, kept_copy
+from koff_prune.own_tokens import OwnTokens
 from koff_prune.packages import cached_files, fetch_files
 from koff_prune.pretrained import load, short, told
 from koff_prune.progress import say
@@ -69,6 +70,7 @@ class Dense:
         place: The folder that its files lie in.
         fingerprint: Of the weights: a hub model's commit, a GGUF file's sha256, else one of names, sizes
             and samples.
+        own: Which of its tokens go with memories; None where none does.
     """
 
     config: PretrainedConfig
@@ -82,6 +84,11 @@ class Dense:
     bos: int | None
     place: Path
     fingerprint: str | None = None
+    own: OwnTokens | None = None
+
+    def reader(self, domain: str | None) -> PreTrainedTokenizerBase:
+        """The tokenizer of what is read with a domain's memory, or (None) without one."""
+        return self.tokenizer if self.own is None else self.own.readers[domain]
 
     @cached_property
     def model(self) -> PreTrainedModel:

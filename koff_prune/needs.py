@@ -85,11 +85,19 @@ def check_vocabulary(units: Units, structure: Structure) -> None:
 
 
 def check_merge(recipe: Recipe, merge: str | None) -> None:
-    """Whether there is such a memory to bake in.
+    """Whether there is such a memory to bake in, and what is asked for holds memories as they are without.
 
     Raises:
-        KoffError: There is not.
+        KoffError: There is not, or it does not.
     """
+    if merge is None and recipe.memory.tokens:
+        asked = {"export.formats: gguf": "gguf" in recipe.export.formats,
+                 "export.onnx.javascript": recipe.export.onnx.javascript}  # fmt: skip
+        if key := next((key for key, there in asked.items() if there), None):
+            raise KoffError(
+                f"{key} takes no memories with tokens of their own (memory.tokens); leave it out, or export"
+                " one merged memory with --merge"
+            )
     if merge is not None and recipe.memory.kind == "none":
         raise KoffError(f"--merge {merge}: the recipe has no memories (`memory`); leave --merge out")
     if merge is not None and merge not in recipe.domains:

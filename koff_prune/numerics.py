@@ -15,6 +15,7 @@ from koff_export.bundle import open_manifest
 from koff_export.errors import KoffError
 from koff_prune.attach import attach_memory
 from koff_prune.cut import load_backbone
+from koff_prune.memory import load_memory
 
 TOLERANCE = 1e-3  # of logits, torch float32 against ONNX Runtime
 CHECKED = 24  # tokens of random text that graphs are held against torch on
@@ -46,14 +47,15 @@ def numerics(folder: Path, offered: tuple[Path, Path] | None = None) -> dict[str
         }
     else:
         places = {None: None, **{name: folder / "memories" / name for name in manifest.domains}}
-    expected = _torch_logits(folder, ids, places)
+    texts = {name: _with_own(ids, place, manifest.graph.vocab_size) for name, place in places.items()}
+    expected = _torch_logits(folder, texts, places)
     result = dict.fromkeys(expected, 0.0)
     for profile in manifest.graph.profiles:  # torch is gone by now: one model in memory at a time
         runtime = Runtime.open(folder, verify=False, profile=profile, mapped=True)
         if offered is not None:
             runtime.memory("offered", offered[1])
         for name, logits in expected.items():
-            found = runtime.logits(ids[0].tolist(), name)
+            found = runtime.logits(texts[name][0].tolist(), name)
             worst = np.abs(found - logits).max()
             result[name] = float(np.maximum(result[name], worst))  # what is not a number stays so
         del runtime
@@ -76,16 +78,25 @@ def checked_numerics(folder: Path, called: str) -> dict[str, float]:
     return found
 
 
+def _with_own(ids: torch.Tensor, memory: Path | None, backbone: int) -> torch.Tensor:
+    """The same text, int64 [1, tokens], every third token of it one of a memory's own where it has any."""
+    own = len(load_memory(memory).get("tokens", {}).get("embedding", ())) if memory is not None else 0
+    result = ids.clone()
+    if own:
+        result[0, ::3] = backbone + torch.arange(len(result[0, ::3])) * 7 % own
+    return result
+
+
 @torch.no_grad()
 def _torch_logits(
-    folder: Path, ids: torch.Tensor, places: Mapping[str | None, Path | None]
+    folder: Path, texts: Mapping[str | None, torch.Tensor], places: Mapping[str | None, Path | None]
 ) -> dict[str | None, np.ndarray]:
     """Logits [tokens, vocabulary] of the backbone in float32, by name, with the memory in each place."""
     model, result = load_backbone(folder), {}
     for name, place in places.items():
         attached = attach_memory(model, place) if place is not None else None
         with _in_float32(model):
-            result[name] = model(input_ids=ids, use_cache=False).logits[0].float().numpy()
+            result[name] = model(input_ids=texts[name], use_cache=False).logits[0].float().numpy()
         if attached is not None:
             model = attached.unwrap()
     return result

@@ -12,10 +12,11 @@ from typing import Any
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors
 from koff_export.router import AUTO, BARE
-from koff_prune.memory import MEMORY_FILES
+from koff_prune.memory import FILES
 
 PACKED = "koff-memory.json"  # the table of contents inside a packed memory
-_FILES = (*MEMORY_FILES.values(), "adapter_config.json", "README.md")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FILES = (*FILES.values(), "adapter_config.json", "README.md", *_TOKENIZER)
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that an archive can tell
 _LARGEST = 1 << 34  # bytes; no memory is larger
 

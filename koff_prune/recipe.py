@@ -346,6 +346,7 @@ class Recipe(Section):
             raise ValueError("learn.settle_tokens trains memories: set it to 0 or give a memory")
         if self.memory.kind == "none" and self.cut.recover:
             raise ValueError("cut.recover is trained beside memories: set it to none or give a memory")
+        self.memory.check_tokens(self.structure.vocabulary, len(self.domains))
         for n, row in enumerate(self.compare):
             if row.method == "koff":
                 self.learn.gates.of_row(row)
@@ -384,13 +385,12 @@ class Recipe(Section):
         # what is none counts as not there, and so do keys of later versions that ask for nothing new:
         # an optional key changes no digest
         data = self.model_dump(mode="json", exclude=left_out, exclude_none=True)
-        if data["learn"]["base"] == "full":
-            del data["learn"]["base"]
+        later = [(data["learn"], "base", "full"), (data["memory"], "tokens", False)]
+        for section, key, nothing in (*later, *((d, "weight", 1) for d in data["domains"].values())):
+            if section[key] == nothing:
+                del section[key]
         for key in ("gradient_checkpointing", "checkpoint_steps"):
             data["learn"][key] = Learn.model_fields[key].default
-        for domain in data["domains"].values():
-            if domain["weight"] == 1:
-                del domain["weight"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, GetJsonSchemaHandler, field_validator
 from pydantic_core import CoreSchema
 
-from koff_prune.fields import Float, Int, Section, Texts, none_in_words, with_none
+from koff_prune.fields import Bool, Float, Int, Section, Texts, none_in_words, with_none
 
 MemoryKind = Literal["none", "lora", "kv", "lora+kv"]
 # the linear layers of a block: what the cut and the exports know how to slice
@@ -54,6 +54,11 @@ class Memory(Section):
 
     lora: Lora | None = Field(default=Lora(), description="Low-rank adapter, or none.")
     kv: Kv | None = Field(default=Kv(), description="Learned cache, or none.")
+    tokens: Bool = Field(
+        default=False,
+        description="Whether tokens that structure.vocabulary keeps for one domain alone leave the backbone"
+        " and go with that domain's memory.",
+    )
 
     _none = field_validator("lora", "kv", mode="before")(none_in_words)
 
@@ -68,6 +73,13 @@ class Memory(Section):
         """The same memory restricted to the named parts."""
         parts = parts_of(kind)
         return Memory(lora=self.lora if "lora" in parts else None, kv=self.kv if "kv" in parts else None)
+
+    def check_tokens(self, vocabulary: float | None, domains: int) -> None:
+        """Raises ValueError where tokens are to go with memories, and none can."""
+        if self.tokens and vocabulary is None:
+            raise ValueError("memory.tokens divides what structure.vocabulary keeps: set that, such as 0.995")
+        if self.tokens and (self.kind == "none" or domains < 2):
+            raise ValueError("memory.tokens needs two domains or more, and a memory.lora or memory.kv")
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

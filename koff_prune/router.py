@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from koff_export.bundle import open_manifest
 from koff_export.router import Choice, choose
-from koff_prune.attach import attach, saved_memory
+from koff_prune.attach import attach, load_tokenizer, saved_memory
 from koff_prune.cut import load_backbone
-from koff_prune.evaluate import window_losses
+from koff_prune.evaluate import total_nats
 from koff_prune.memory import Memories
 from koff_prune.recipe import Memory
 
@@ -31,9 +30,7 @@ class Router:
         self.folder = Path(bundle)
         self.manifest = open_manifest(self.folder)
         self.model = load_backbone(self.folder, dtype)
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            self.folder, local_files_only=True, trust_remote_code=False
-        )
+        self.tokenizer = load_tokenizer(self.folder)
 
     def choose(self, prompt: str) -> Choice:
         """The memory under which the prompt has the lowest loss; None where the bare backbone is best."""
@@ -47,7 +44,6 @@ class Router:
         """As `choose`, of token ids; a single one gets no memory, and none is picked that leaves no room."""
         if len(tokens) < 2:
             return Choice(None)
-        window = torch.tensor([tokens])
         merged, context = self.manifest.merged, self.manifest.context
 
         def loss(name: str | None) -> float:
@@ -56,8 +52,13 @@ class Router:
                 attached = Memories(self.model, Memory(lora=None, kv=None), {}, 0)
             else:
                 attached = attach(self.model, name, *saved_memory(self.folder, self.manifest, name))
+            mine = tokens
+            if name is not None and self.manifest.domains[name].tokens:
+                text = str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+                reader = load_tokenizer(self.folder, name)
+                mine = reader(text, add_special_tokens=False)["input_ids"]
             try:
-                return window_losses(attached, window, name)[0]
+                return total_nats(attached, torch.tensor(mine), name) / (len(tokens) - 1)
             finally:
                 self.model = attached.unwrap()
 

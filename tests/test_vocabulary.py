@@ -23,9 +23,11 @@ from koff_prune.domains import count_tokens, split_documents
 from koff_prune.models import Dense, open_dense
 from koff_prune.plan import make_plan
 from koff_prune.recipe import Domain, ModelSection, Structure
+from koff_prune.retokenise import read_again
 from koff_prune.scores import score_units
+from koff_prune.tokenizer_file import trim_tokenizer
 from koff_prune.units import read_units
-from koff_prune.vocabulary import KEPT, covering, read_again, trim_tokenizer, trimmed, write_vocabulary
+from koff_prune.vocabulary import ASKED, KEPT, covering, trimmed, write_vocabulary
 from koff_prune.weights import EMBEDDINGS, HEAD, Weights
 
 _LINES = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").splitlines(True)
@@ -48,7 +50,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 def reopened(tokenizer: PreTrainedTokenizerFast, folder: Path, wanted: set[int]) -> tuple[Any, list[int]]:
     tokenizer.save_pretrained(folder)
-    kept = trim_tokenizer(folder, wanted, [0], 10**6)
+    kept = trim_tokenizer(folder, wanted, [0], 10**6, ASKED)
     return AutoTokenizer.from_pretrained(folder), kept
 
 
@@ -140,7 +142,7 @@ def opened(folder: Path, shape: str = "llama") -> tuple[Dense, Dense]:
     dense = open_dense(ModelSection(source=str(folder / "model"), dtype="float32"))
     (folder / "vocabulary").mkdir()
     dense.tokenizer.save_pretrained(folder / "vocabulary")
-    trim_tokenizer(folder / "vocabulary", [], [], 258)
+    trim_tokenizer(folder / "vocabulary", [], [], 258, ASKED)
     kept = sorted(
         {*range(0, 258, 2), 1}
     )  # the tiny tokenizer's tokens are bytes, which all stay: here alone not

@@ -10,6 +10,7 @@ from typing import Any
 import onnxruntime as ort
 
 from koff_export.errors import KoffError
+from koff_export.graph import TOKEN_SLOTS, is_kv_slot
 from koff_export.session import first_line
 
 
@@ -25,12 +26,14 @@ class Adapter:
 
     Attributes:
         kv_tokens: Length P of its learned KV, 0 without one.
+        own_tokens: How many tokens it has of its own.
         mapped: As ONNX Runtime takes it for a call, on the disk; not there with `tensors`.
         tensors: Its parts by the name of their slots, if they were asked for.
         file: What the tensors lie in.
     """
 
     kv_tokens: int
+    own_tokens: int
     mapped: ort.LoraAdapter | None = None
     tensors: Mapping[str, ort.OrtValue] = field(default_factory=dict)
     file: ort.AdapterFormat | None = None
@@ -67,11 +70,12 @@ def open_adapter(path: Path, name: str, slots: Mapping[str, Any], parts: bool = 
             # A number is fixed; a name ("memory", "rank_3") is free, but the same wherever it stands.
             if got != (want if isinstance(want, int) else sizes.setdefault(str(want), got)):
                 raise KoffError(f"{foreign}: its {key!r} has the shape {shape} where {slot.shape} is needed")
-    kv_slots = {key for key in slots if key.startswith("memory.")}
-    halves = found.keys() - kv_slots
+    kv_slots, token_slots = set(filter(is_kv_slot, slots)), {key for key in TOKEN_SLOTS if key in slots}
+    halves = found.keys() - kv_slots - token_slots
     partners = {key.replace(".lora_A.", ".lora_B.") for key in halves}
     partners |= {key.replace(".lora_B.", ".lora_A.") for key in halves}
-    if partners != halves or (found.keys() & kv_slots) not in (set(), kv_slots):
+    wholes = (kv_slots, token_slots)
+    if partners != halves or any((found.keys() & whole) not in (set(), whole) for whole in wholes):
         raise KoffError(f"the memory {name!r} is incomplete: fetch it again")
-    length = sizes.get("memory", 0)
-    return Adapter(length, None, parameters, file) if parts else Adapter(length, adapter)
+    length, own = sizes.get("memory", 0), max(1, sizes.get("tokens", 1)) - 1
+    return Adapter(length, own, None, parameters, file) if parts else Adapter(length, own, adapter)

@@ -91,7 +91,7 @@ def generate_batch(
         raise KoffError(
             "a batch needs a list of prompts, one memory (or None) for each, and rows of at least 1"
         )
-    ids = [runtime.encode(prompt) for prompt in prompts]
+    ids = [runtime.encode(*pair) for pair in zip(prompts, memories, strict=True)]
     for tokens, memory in zip(ids, memories, strict=True):
         runtime.check_tokens(tokens, memory, min(1, max_new_tokens))
     ends = {*runtime.manifest.eos, *stop_tokens(runtime.tokenizer, stop)}
@@ -101,10 +101,10 @@ def generate_batch(
         mine = sorted((i for i, m in enumerate(memories) if m == memory), key=lambda i: len(ids[i]))
         for some in (mine[at : at + rows] for at in range(0, len(mine), rows)):
             limits = [runtime.room(ids[i], memory, max_new_tokens) for i in some]
-            pickers = [sampling.picker(ids[i], runtime.vocab_size, first + i) for i in some]
+            pickers = [sampling.picker(ids[i], runtime.words(memory), first + i) for i in some]
             found = _generate_rows(runtime, [ids[i] for i in some], memory, limits, pickers, ends)
             for i, tokens in zip(some, found, strict=True):
-                pieces = stream_text(runtime.tokenizer, ids[i], iter(tokens))
+                pieces = stream_text(runtime.tokenizer_of(memory), ids[i], iter(tokens))
                 answers[i] = "".join(until_stop(pieces, stop))
     return answers
 

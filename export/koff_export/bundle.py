@@ -36,8 +36,8 @@ class Domain:
         rope: "post": keys are stored with their rotation applied.
         parameters: Size of the memory.
         adapter: Path of the `.onnx_adapter` in the bundle, or None without an ONNX graph.
-        gguf: Path of its LoRA as a GGUF adapter, or None.
-        peft: Path of the PEFT folder in the bundle, or None.
+        gguf, peft: Paths of its LoRA as a GGUF adapter, and of the PEFT folder; or None.
+        tokens, tokenizer: How many it has of its own, and the path of the tokenizer.json that makes them.
     """
 
     kv_tokens: int = 0
@@ -48,6 +48,8 @@ class Domain:
     adapter: str | None = None
     gguf: str | None = None
     peft: str | None = None
+    tokens: int = 0
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,8 @@ def _domain(name: str, value: Any, where: str) -> Domain:
         adapter=r.maybe_text("adapter"),
         gguf=r.maybe_text("gguf"),
         peft=r.maybe_text("peft"),
+        tokens=r.count("tokens", 0),
+        tokenizer=r.maybe_text("tokenizer"),
     )
 
 
@@ -235,7 +239,7 @@ def _graph(value: Any, where: str) -> Graph:
 
 def _gguf(value: Any, where: str) -> Gguf:
     r = _Reader(value, f"{where}, gguf")
-    return Gguf(model=r.text("model"), type=r.text("type"), architecture=r.text("architecture"))
+    return Gguf(*map(r.text, ("model", "type", "architecture")))
 
 
 def open_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -361,8 +365,7 @@ def check_file(folder: str | os.PathLike[str], manifest: Manifest, name: str, *,
         raise KoffError(f"{name!r} is not listed in {MANIFEST}: the bundle was changed, fetch it again")
     if not path.is_file():
         raise KoffError(f"the bundle's file {name!r} is missing: fetch the bundle again")
-    size = path.stat().st_size
-    if size != entry["size"]:
+    if (size := path.stat().st_size) != entry["size"]:
         more = f"{size} bytes instead of {entry['size']}"
         raise KoffError(f"the bundle's file {name!r} has {more}: fetch it again")
     if hashes and sha256_file(path) != entry["sha256"]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import onnxruntime as ort
 
+from koff_export.graph import is_kv_slot
+
 if TYPE_CHECKING:
     from koff_export.runtime import Runtime
 
@@ -73,9 +75,10 @@ class CacheInPlace:
         self._binding = runtime.io_binding()
         # the binding keeps nothing alive: neither this nor the blocks
         self._adapter = runtime.adapter(memory)
+        self._words = runtime.words(memory)
         kv = {}
         for name, value in self._adapter.tensors.items() if self._adapter else ():
-            if name.startswith("memory."):
+            if is_kv_slot(name):
                 kv[name] = value.numpy()
             else:
                 self._binding.bind_ortvalue_input(name, value)
@@ -97,7 +100,7 @@ class CacheInPlace:
         values = {name: _VALUE(np.ascontiguousarray(array)) for name, array in feeds.items()}
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)
-        logits = np.empty((*ids.shape, self.runtime.vocab_size), next(iter(self._past.values())).dtype)
+        logits = np.empty((*ids.shape, self._words), next(iter(self._past.values())).dtype)
         target = _VALUE(logits)
         self._binding.bind_ortvalue_output("logits", target)
         self.runtime.run_bound(self._binding)

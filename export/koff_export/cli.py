@@ -113,7 +113,7 @@ def refuse_two_wheels() -> None:
 def _score_windows(runtime: Runtime, path: str, memory: str | None) -> list[list[int]]:
     """The token windows of a file to score with a memory; its messages name the line."""
     if not path.endswith(".jsonl"):
-        return runtime.windows(read_text(path))
+        return runtime.windows(read_text(path), memory)
     windows: list[list[int]] = []
     for number, row in json_lines(path):
         tokens = row.get("tokens") if isinstance(row, dict) else None
@@ -128,7 +128,7 @@ def _score_windows(runtime: Runtime, path: str, memory: str | None) -> list[list
             windows.append(tokens)
         elif isinstance(row, dict) and isinstance(row.get("text"), str):
             with at_line(path, number):
-                windows += runtime.windows(row["text"])
+                windows += runtime.windows(row["text"], memory)
         else:
             raise KoffError(f'{path}, line {number}: neither {{"tokens": [numbers]}} nor {{"text": "…"}}')
     return windows
@@ -178,9 +178,8 @@ def _batch(runtime: Runtime, args: argparse.Namespace) -> None:
             raise KoffError(f"{args.batch}, line {number}: has an 'answer' already; rename that field")
         rows.append({**row, "memory": None if memory == BARE else memory})
         with at_line(args.batch, number):
-            runtime.check_tokens(
-                runtime.encode(row["prompt"]), rows[-1]["memory"], min(1, args.max_new_tokens)
-            )
+            memory = rows[-1]["memory"]
+            runtime.check_tokens(runtime.encode(row["prompt"], memory), memory, min(1, args.max_new_tokens))
     if not rows:
         raise KoffError(f"{args.batch}: holds no prompts")
     for at in range(0, len(rows), TOGETHER):
@@ -246,7 +245,7 @@ class _Session:
         kept = list(self.messages)
         while True:
             prompt = template.render(kept)
-            room = self.runtime.room(self.runtime.encode(prompt), memory, wanted)
+            room = self.runtime.room(self.runtime.encode(prompt, memory), memory, wanted)
             if room == wanted or len(kept) < 3:
                 break
             del kept[:2]

@@ -26,6 +26,7 @@ from onnx import helper
 from transformers import PreTrainedModel
 
 from koff_export.files import disk_errors
+from koff_export.graph import TOKEN_SLOTS, is_kv_slot
 from koff_export.limits import check_fused
 from koff_export.onnx import Pair, add_defaults, bake
 from koff_export.tensors import TensorFile
@@ -142,11 +143,12 @@ def export_fused(
     interface = onnx.load(portable, load_external_data=False).graph
     names = [value.name for value in interface.input]
     slots = {n.removesuffix(".lora_A.weight") for n in names if n.endswith(".lora_A.weight")}
+    slots |= set(names) & set(TOKEN_SLOTS)
     memory = not in_place and (baked is None or baked[0][0].shape[1] > 0)
     with disk_errors(path), TensorFile(path, Path(portable)) as weights:
         writer = _Fused(model, weights, slots, memory)
         writer.logits()
-        inputs = [v for v in interface.input if not (in_place and v.name.startswith("memory."))]
+        inputs = [v for v in interface.input if not (in_place and is_kv_slot(v.name))]
         graph = writer.finished(inputs, list(interface.output), own=True)
         if baked is not None and memory:
             bake(graph, baked)

@@ -19,9 +19,20 @@ _MAX_DEPTH = 16  # nested graphs; an exported decoder has none
 Buffer = memoryview
 
 
+# The slots of a memory's own tokens: rows of the embedding, and of a head that is not tied to it. The first
+# row is no token, and zero: a graph looks up something there for every other token of a text.
+EMBEDDING_SLOT, HEAD_SLOT = "memory.tokens.embedding", "memory.tokens.head"
+TOKEN_SLOTS = (EMBEDDING_SLOT, HEAD_SLOT)
+
+
 def is_slot(name: str) -> bool:
-    """Whether a graph input belongs to a memory: it has a zero-size default and may be left out."""
-    return name.startswith("memory.") or name.endswith((".lora_A.weight", ".lora_B.weight"))
+    """Whether a graph input belongs to a memory: it has a default that does nothing, and may be left out."""
+    return is_kv_slot(name) or name in TOKEN_SLOTS or name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+def is_kv_slot(name: str) -> bool:
+    """Whether it is one of the learned KV's."""
+    return name.startswith("memory.") and name not in TOKEN_SLOTS
 
 
 def _varint(data: Buffer, at: int) -> tuple[int, int]:

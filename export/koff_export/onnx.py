@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from koff_export.errors import KoffError
 from koff_export.files import disk_errors
-from koff_export.graph import is_slot
+from koff_export.graph import EMBEDDING_SLOT, HEAD_SLOT, TOKEN_SLOTS, is_slot
 from koff_export.limits import check_portable
 from koff_export.tensors import TensorFile
 from koff_export.writer import FLOAT, HIDDEN, INT64, GraphWriter, windows_of
@@ -160,10 +160,12 @@ class _Portable(GraphWriter):
 
 
 def add_defaults(model: onnx.ModelProto) -> None:
-    """Gives every slot among the graph's inputs its zero-size default, which makes the slot optional."""
+    """Gives every slot among the graph's inputs its empty default, which makes the slot optional."""
     for value in model.graph.input:
         if is_slot(value.name):
-            shape = [d.dim_value if d.HasField("dim_value") else 0 for d in value.type.tensor_type.shape.dim]
+            free = int(value.name in TOKEN_SLOTS)  # the row that is no token
+            dims = value.type.tensor_type.shape.dim
+            shape = [d.dim_value if d.HasField("dim_value") else free for d in dims]
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, dtype), value.name))
 
@@ -182,7 +184,9 @@ def bake(model: onnx.ModelProto, kv: Sequence[Pair]) -> None:
     model.graph.input.extend(stay)
 
 
-def interface(model: PreTrainedModel, lora_modules: Sequence[str]) -> tuple[list[Any], list[Any]]:
+def interface(
+    model: PreTrainedModel, lora_modules: Sequence[str], token_slots: Sequence[str] = ()
+) -> tuple[list[Any], list[Any]]:
     """Inputs, slots among them, and outputs of a backbone's graph, as ONNX describes them."""
     layers: Any = model.model.layers
     size = layers[0].self_attn.head_dim
@@ -190,7 +194,8 @@ def interface(model: PreTrainedModel, lora_modules: Sequence[str]) -> tuple[list
                  "position_ids": ["batch", "sequence"]}  # fmt: skip
     value = helper.make_tensor_value_info
     inputs = [value(name, INT64, shape) for name, shape in text.items()]
-    outputs = [value("logits", FLOAT, ["batch", "sequence", _words(model)])]
+    words: Any = "words" if token_slots else _words(model)
+    outputs = [value("logits", FLOAT, ["batch", "sequence", words])]
     memory = []
     for i, layer in enumerate(layers):
         heads = layer.self_attn.k_proj.out_features // size
@@ -199,6 +204,7 @@ def interface(model: PreTrainedModel, lora_modules: Sequence[str]) -> tuple[list
             memory.append(value(f"memory.{i}.{kind}", FLOAT, [1, heads, "memory", size]))
             outputs.append(value(f"present.{i}.{kind}", FLOAT, ["batch", heads, "total", size]))
     inputs += memory
+    inputs += [value(name, FLOAT, ["tokens", model.config.hidden_size]) for name in token_slots]
     for n, name in enumerate(lora_modules):
         module = _linear(model, name)
         # A rank of its own for every module: a memory may leave modules out, and ONNX Runtime shares buffers
@@ -206,6 +212,13 @@ def interface(model: PreTrainedModel, lora_modules: Sequence[str]) -> tuple[list
         inputs.append(value(f"{name}.lora_A.weight", FLOAT, [module.in_features, f"rank_{n}"]))
         inputs.append(value(f"{name}.lora_B.weight", FLOAT, [f"rank_{n}", module.out_features]))
     return inputs, outputs
+
+
+def token_slots_of(model: PreTrainedModel) -> list[str]:
+    """The slots of own tokens: one for an embedding that the head is tied to, else one for each."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is table.weight
+    return [EMBEDDING_SLOT] if tied else [EMBEDDING_SLOT, HEAD_SLOT]
 
 
 def _words(model: PreTrainedModel) -> int:
@@ -229,6 +242,7 @@ def export_onnx(
     *,
     lora_modules: Sequence[str],
     baked: Sequence[Pair] | None = None,
+    own_tokens: bool = False,
 ) -> GraphInfo:
     """Writes `folder`/onnx/model.onnx (+ model.onnx.data), float32.
 
@@ -236,8 +250,9 @@ def export_onnx(
     attention_mask [batch, past + sequence], position_ids [batch, sequence]. Inputs, float32:
     past_key_values.{i}.key/value [batch, kv_heads_i, past, head_dim]. Slots, float32: memory.{i}.key/value
     [1, kv_heads_i, M, head_dim], {module}.lora_A.weight [in, r], {module}.lora_B.weight [r, out] with the
-    LoRA scale folded in. Outputs, float32: logits [batch, sequence, vocabulary], present.{i}.key/value
-    [batch, kv_heads_i, past + sequence, head_dim].
+    LoRA scale folded in; with `own_tokens` memory.tokens.embedding and, of a head that is not tied,
+    memory.tokens.head, [1 + n, hidden] for n tokens, the first row zero. Outputs, float32: logits [batch,
+    sequence, vocabulary + n], present.{i}.key/value [batch, kv_heads_i, past + sequence, head_dim].
 
     Args:
         model: A plain causal LM of the Llama family (Llama, Mistral, Qwen2, Qwen3, Gemma 3 text) in any float
@@ -246,16 +261,18 @@ def export_onnx(
         lora_modules: Paths of the linear modules that get a LoRA slot ("model.layers.0.mlp.up_proj").
         baked: A learned KV, one (key, value) [kv_heads_i, P, head_dim] per layer, P may be 0, that the graph
             is to hold for good: it then has no slots for another.
+        own_tokens: Whether memories have tokens of their own.
 
     Raises:
         KoffError: no graph holds the model, a module does not exist or is not linear, or the disk refuses.
     """
     check_portable(model.config.to_dict())
-    inputs, outputs = interface(model, lora_modules)
+    slots = token_slots_of(model) if own_tokens else []
+    inputs, outputs = interface(model, lora_modules, slots)
     target = Path(folder) / "onnx" / "model.onnx"
     target.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(target), TensorFile(target) as weights:
-        writer = _Portable(model, weights, lora_modules)
+        writer = _Portable(model, weights, [*lora_modules, *slots])
         writer.logits()
         graph = writer.finished(inputs, outputs, own=False)
         if baked is not None:
@@ -302,6 +319,7 @@ def write_adapter(
     path: str | Path,
     lora: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]],
     kv: Sequence[Pair] | None,
+    tokens: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes one memory as an `.onnx_adapter`, float32.
 
@@ -311,6 +329,7 @@ def write_adapter(
         path: The file to write.
         lora: By module path: A [r, in], B [out, r] as PEFT holds them, and the scale to fold into B.
         kv: One (key, value) per layer, each [kv_heads, P, head_dim] or with a leading 1, post-RoPE; or None.
+        tokens: Rows [n, hidden] of its own tokens, `embedding` and maybe `head`.
 
     Raises:
         KoffError: the disk refuses.
@@ -322,6 +341,9 @@ def write_adapter(
     for module, (a, b, scale) in lora.items():
         tensors[f"{module}.lora_A.weight"] = a.T
         tensors[f"{module}.lora_B.weight"] = b.float().T * scale
+    for part, rows in (tokens or {}).items():
+        place = {"embedding": EMBEDDING_SLOT, "head": HEAD_SLOT}[part]
+        tensors[place] = torch.cat([torch.zeros_like(rows[:1]), rows])
     values = {
         name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(t.detach().float().cpu().numpy()))
         for name, t in tensors.items()

@@ -103,10 +103,10 @@ def _to_bytes(model: onnx.ModelProto, suffixes: tuple[str, ...], arrays: _Arrays
         parts[name] = _in_bytes(arrays(weights.pop(name)))
         nodes.append(_dequantized([f"{name}.{key}" for key in parts[name]], name, axis=0))
     for node in graph.node:
-        if node.op_type != "Gather" or node.input[1] != "input_ids":
+        if node.op_type != "Gather" or node.input[0] not in weights:
             nodes.append(node)
             continue
-        table, words = node.input[0], node.output[0]
+        (table, ids), words = node.input, node.output[0]
         matrix = weights.pop(table)  # laid out as the matrix of a tied head, to be the same bytes
         if tied.get(table) in parts:
             parts[table] = parts[tied[table]]
@@ -115,7 +115,7 @@ def _to_bytes(model: onnx.ModelProto, suffixes: tuple[str, ...], arrays: _Arrays
         for key in parts[table]:
             name = f"{table}.{key}"
             columns, rows = f"{name}.columns", f"{name}.rows"
-            nodes.append(onnx.helper.make_node("Gather", [name, "input_ids"], [columns], columns, axis=1))
+            nodes.append(onnx.helper.make_node("Gather", [name, ids], [columns], columns, axis=1))
             nodes.append(onnx.helper.make_node("Transpose", [columns], [rows], rows, perm=[1, 2, 0]))
         nodes.append(_dequantized([f"{table}.{key}.rows" for key in parts[table]], words, axis=2))
     kept = list(weights.values())

@@ -38,9 +38,12 @@ def choose(names: Iterable[str], loss: Callable[[str | None], float]) -> Choice:
 def route(runtime: Runtime, tokens: Sequence[int]) -> Choice:
     """Reads the prompt once under every memory of the bundle, and once under none.
 
+    A memory with tokens of its own reads the prompt by them; its nats too are told per token of the backbone.
+
     Args:
         runtime: An open bundle.
-        tokens: The prompt, with `bos` if the model wants it. One token tells nothing: it gets no memory.
+        tokens: The prompt in the backbone's tokens, with `bos` if the model wants it. One token tells
+            nothing: it gets no memory.
 
     Raises:
         KoffError: a damaged memory, or a prompt that leaves no room at all. Memories that leave none are
@@ -51,8 +54,11 @@ def route(runtime: Runtime, tokens: Sequence[int]) -> Choice:
     runtime.reread()  # a memory may have come or gone since
 
     def loss(name: str | None) -> float:
-        nats, count = runtime.score([tokens], name)
-        return nats / count
+        mine = tokens
+        if runtime.words(name) > runtime.vocab_size:
+            text = runtime.tokenizer.decode(tokens, skip_special_tokens=False)
+            mine = runtime.encode(text, name, bos=tokens[0] == runtime.manifest.bos)
+        return runtime.score([mine], name)[0] / (len(tokens) - 1)
 
     for name in (names := runtime.memories):
         runtime.memory(name)

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 import onnxruntime as ort
 
+from koff_export import batch, scoring
 from koff_export.adapter import Adapter, Options, open_adapter
 from koff_export.bundle import MERGED_KV, Manifest, check_file, open_manifest
 from koff_export.cached import CHUNK, Cache, CachedText, CacheInPlace, CacheOfGraph
@@ -20,7 +21,7 @@ from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
 from koff_export.sampling import How, check_length, sampling_of
 from koff_export.session import check_session, open_session, run_errors
-from koff_export.text import ChatTemplate, open_tokenizer, stop_tokens, stream_text, until_stop
+from koff_export.text import ChatTemplate, open_tokenizer, stop_tokens, stream_text, tokens_of, until_stop
 
 _ADAPTERS = "onnx/memories"
 
@@ -46,8 +47,8 @@ class Runtime:
         # length of the learned KV, by memory; "" is the bare graph's own
         within = manifest.domains.get(manifest.merged or "")
         self._kv_tokens: dict[str, int] = {"": within.kv_tokens if within else 0}
-        self.vocab_size = manifest.graph.vocab_size if manifest.graph else 0  # width of the logits
-        self._tokenizer: Any = None
+        self.vocab_size = manifest.graph.vocab_size if manifest.graph else 0  # the backbone's tokens
+        self._tokenizers: dict[str, Any] = {}  # by path
         self._outputs = [output.name for output in session.get_outputs()]
         self.empty_cache, self._slots, self._kv_slots = check_session(session, manifest, profile)
 
@@ -140,7 +141,8 @@ class Runtime:
         if relative in self.manifest.files or domain is not None:
             check_file(self.folder, self.manifest, relative, hashes=self._verify)
         adapter = self._open(path, name)
-        if domain is not None and adapter.kv_tokens != domain.kv_tokens:
+        found = (adapter.kv_tokens, adapter.own_tokens)
+        if domain is not None and found != (domain.kv_tokens, domain.tokens):
             raise KoffError(f"the memory {name!r} is not as koff.json says: fetch it again")
         return adapter
 
@@ -217,31 +219,41 @@ class Runtime:
             return None
         return check_file(self.folder, self.manifest, name, hashes=self._verify)
 
+    def words(self, memory: str | None) -> int:
+        """How many tokens there are with a memory: the width of its logits."""
+        if memory is None:
+            return self.vocab_size
+        self.memory(memory)
+        return self.vocab_size + self._adapters[memory].own_tokens
+
     @property
     def tokenizer(self) -> Any:
-        """The bundle's tokenizer, a `tokenizers.Tokenizer`."""
-        if self._tokenizer is None:
-            path = self.file("tokenizer.json")
-            if path is None:
-                raise KoffError("the bundle lists no tokenizer.json: only token numbers can be used with it")
-            self._tokenizer = open_tokenizer(path)
-        return self._tokenizer
+        """The backbone's tokenizer, a `tokenizers.Tokenizer`."""
+        return self.tokenizer_of(None)
 
-    def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Tokens of `text`, led by the manifest's `bos` if it has one, and no other special tokens.
+    def tokenizer_of(self, memory: str | None) -> Any:
+        """The tokenizer of what is read with a memory: the backbone's, or one that has its own tokens too.
+
+        Raises:
+            KoffError: the bundle lists none.
+        """
+        name = "tokenizer.json"
+        if memory is not None and self.words(memory) > self.vocab_size:
+            domain = self.manifest.domains.get(memory)
+            name = (domain.tokenizer if domain else None) or f"tokenizer of {memory!r}"
+        if name not in self._tokenizers:
+            if (path := self.file(name)) is None:
+                raise KoffError(f"the bundle lists no {name}: only token numbers can be used with it")
+            self._tokenizers[name] = open_tokenizer(path)
+        return self._tokenizers[name]
+
+    def encode(self, text: str, memory: str | None = None, *, bos: bool = True) -> list[int]:
+        """Tokens of `text` for `memory`, led by the manifest's `bos` if it has one; no other special tokens.
 
         Raises:
             KoffError: `text` holds halves of characters, as bytes that are no UTF-8 become.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise KoffError("the text is not valid UTF-8: convert it") from error
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        # A chat template may have written the token already.
-        if bos and self.manifest.bos is not None and ids[:1] != [self.manifest.bos]:
-            ids = [self.manifest.bos, *ids]
-        return ids
+        return tokens_of(self.tokenizer_of(memory), text, self.manifest.bos if bos else None)
 
     def chat_template(self) -> ChatTemplate:
         """The bundle's chat template.
@@ -255,12 +267,8 @@ class Runtime:
         """Refuses tokens that cannot be read with `memory`, and `extra` more behind them."""
         if not tokens:
             raise KoffError("the text has no tokens: give at least one word")
-        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
-            raise KoffError(
-                f"a token number is outside of 0…{self.vocab_size - 1}: it is from another tokenizer"
-            )
-        if memory is not None:
-            self.memory(memory)
+        if min(tokens) < 0 or max(tokens) >= (words := self.words(memory)):
+            raise KoffError(f"a token number is outside of 0…{words - 1}: it is from another tokenizer")
         if self.room(tokens, memory, extra) < extra:
             kv = self.kv_tokens(memory)
             beside = (f" and a memory of {kv}" if kv else "") + (" and an answer" if extra else "")
@@ -301,7 +309,7 @@ class Runtime:
         cached = text or CachedText(self, memory)
         if cached.runtime is not self or cached.memory != memory:
             raise KoffError(f"text: was read with {cached.memory or 'no memory'}; give one that memory read")
-        room, picker = self.room(ids, memory, max_new_tokens), sampling.picker(ids, self.vocab_size)
+        room, picker = self.room(ids, memory, max_new_tokens), sampling.picker(ids, self.words(memory))
 
         def answer() -> Iterator[int]:
             cached.answers += 1
@@ -337,9 +345,7 @@ class Runtime:
         **options: Any,
     ) -> list[str]:
         """The answers to many prompts, each with a memory of its own; see `koff_export.batch`."""
-        from koff_export.batch import generate_batch
-
-        return generate_batch(self, prompts, memories, max_new_tokens, **options)
+        return batch.generate_batch(self, prompts, memories, max_new_tokens, **options)
 
     def generate(
         self,
@@ -358,9 +364,10 @@ class Runtime:
         Raises:
             KoffError: as `generate_tokens`.
         """
-        ids, ends = self.encode(prompt), stop_tokens(self.tokenizer, stop)
+        ids, tokenizer = self.encode(prompt, memory), self.tokenizer_of(memory)
+        ends = stop_tokens(tokenizer, stop)
         tokens = self.generate_tokens(ids, memory, max_new_tokens, ends=ends, text=text, **how)
-        return until_stop(stream_text(self.tokenizer, ids, tokens), stop)
+        return until_stop(stream_text(tokenizer, ids, tokens), stop)
 
     # Scores
 
@@ -374,21 +381,17 @@ class Runtime:
         Raises:
             KoffError: an unknown memory, or a window that is empty or does not fit.
         """
-        from koff_export.scoring import score
-
-        return score(self, windows, memory)
+        return scoring.score(self, windows, memory)
 
     def logits(self, tokens: Sequence[int], memory: str | None = None) -> np.ndarray:
         """Logits after every one of `tokens`, float32 [len(tokens), vocabulary]."""
         self.check_tokens(tokens, memory)
         return CachedText(self, memory).read(tokens)
 
-    def windows(self, text: str) -> list[list[int]]:
+    def windows(self, text: str, memory: str | None = None) -> list[list[int]]:
         """The text in the manifest's windows: `window` tokens, `bos` counted; the last may be shorter."""
-        from koff_export.scoring import windows
-
-        return windows(self, text)
+        return scoring.windows(self, text, memory)
 
     def score_text(self, text: str, memory: str | None = None) -> tuple[float, int]:
         """`score` of the text's `windows`."""
-        return self.score(self.windows(text), memory)
+        return self.score(self.windows(text, memory), memory)

@@ -33,15 +33,16 @@ def score(runtime: Runtime, windows: Sequence[Sequence[int]], memory: str | None
     return total, count
 
 
-def windows(runtime: Runtime, text: str) -> list[list[int]]:
+def windows(runtime: Runtime, text: str, memory: str | None) -> list[list[int]]:
     """See `Runtime.windows`."""
     lead = [] if runtime.manifest.bos is None else [runtime.manifest.bos]
     # what spells a control token is text here, as it is where memories learn
-    runtime.tokenizer.encode_special_tokens = True
+    tokenizer = runtime.tokenizer_of(memory)
+    tokenizer.encode_special_tokens = True
     try:
-        ids = runtime.encode(text, bos=False)
+        ids = runtime.encode(text, memory, bos=False)
     finally:
-        runtime.tokenizer.encode_special_tokens = False
+        tokenizer.encode_special_tokens = False
     step = runtime.manifest.window - len(lead)
     cut = [lead + ids[at : at + step] for at in range(0, len(ids), step)]
     return [window for window in cut if len(window) > 1]

@@ -64,8 +64,9 @@ def ship(
     names = [name for name in names if name not in added]
     graph = check_file(source, manifest, file)
     data = [path.relative_to(source).as_posix() for path in check_onnx(graph, source)]
-    adapters = [manifest.domains[name].adapter for name in names]
-    wanted = [file, *data, *(path for path in adapters if path is not None)]
+    told = [manifest.domains[name] for name in names]
+    parts = (part for domain in told for part in (domain.adapter, domain.tokenizer))
+    wanted = [file, *data, *(path for path in parts if path is not None)]
     wanted += [name for name in (*_TEXT, MERGED_KV) if name in manifest.files]
     with staged_dir(target, new=True) as aside:
         for name in wanted:

@@ -40,6 +40,21 @@ def open_tokenizer(path: Path) -> Tokenizer:
         raise KoffError(f"cannot read the tokenizer {path} ({error}): fetch the bundle again") from error
 
 
+def tokens_of(tokenizer: Tokenizer, text: str, bos: int | None) -> list[int]:
+    """Tokens of `text`, led by `bos` if that is one, and no other special tokens.
+
+    Raises:
+        KoffError: `text` holds halves of characters, as bytes that are no UTF-8 become.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise KoffError("the text is not valid UTF-8: convert it") from error
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    # A chat template may have written the token already.
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
     """Yields the text of `tokens` piece by piece, holding back incomplete characters."""
     near = _CONTEXT

@@ -19,6 +19,7 @@ import torch
 from onnx import TensorProto, helper
 from transformers import PreTrainedModel
 
+from koff_export.graph import EMBEDDING_SLOT, HEAD_SLOT
 from koff_export.limits import ACTIVATIONS, activation_of
 from koff_export.tensors import TensorFile
 
@@ -41,7 +42,7 @@ class GraphWriter(ABC):
     Args:
         model: Of a family in `limits.FAMILIES`; widths and head counts may differ per layer.
         weights: Where they go.
-        slots: Paths of the linear modules that take a LoRA.
+        slots: Paths of the linear modules that take a LoRA, and names of TOKEN_SLOTS.
     """
 
     def __init__(self, model: PreTrainedModel, weights: TensorFile, slots: Collection[str]) -> None:
@@ -126,7 +127,7 @@ class GraphWriter(ABC):
         layers: Any = inner.layers
         table: Any = self.model.get_input_embeddings()
         embedding = self.weight("model.embed_tokens.weight", table.weight)
-        residual = self.op("Gather", embedding, "input_ids")
+        residual = self._embedded(embedding, len(table.weight))
         if self.sandwich:
             residual = self.op("Mul", residual, self.scalar("embed_scale", float(table.embed_scale)))
         x = self.norm(residual, layers[0].input_layernorm, "model.layers.0.input_layernorm")
@@ -152,10 +153,32 @@ class GraphWriter(ABC):
         else:
             matrix = self.weight("lm_head.weight", head.weight.T)
         y = self.lora(x, self.op("MatMul", x, matrix), "lm_head")
+        if EMBEDDING_SLOT in self.slots:
+            y = self._own_logits(x, y, HEAD_SLOT if HEAD_SLOT in self.slots else EMBEDDING_SLOT)
         if cap := getattr(config, "final_logit_softcapping", None):
             limit = self.scalar("softcapping", cap)
             self.op("Mul", self.op("Tanh", self.op("Div", y, limit)), limit)
         self.nodes[-1].output[0] = "logits"
+
+    def _embedded(self, embedding: str, tokens: int) -> str:
+        """Rows of the backbone's embedding, and behind them those of a memory's own tokens."""
+        if EMBEDDING_SLOT not in self.slots:
+            return self.op("Gather", embedding, "input_ids")
+        known = self.op("Gather", embedding, self.op("Min", "input_ids", self.numbers(tokens - 1)))
+        first = self.op("Sub", "input_ids", self.numbers(tokens - 1))
+        own = self.op("Gather", EMBEDDING_SLOT, self.op("Max", first, self.numbers(0)))
+        is_own = self.op("Unsqueeze", self.op("Greater", first, self.numbers(0)), self.numbers(-1))
+        return self.op("Where", is_own, own, known)
+
+    def _own_logits(self, x: str, known: str, slot: str) -> str:
+        """Logits of the backbone's tokens, and behind them those of a memory's own."""
+        flat = self.op("Reshape", x, self.numbers(-1, self.model.config.hidden_size))
+        shape = self.op("Concat", self.op("Shape", "input_ids"), self.numbers(-1), axis=0)
+        own = self.op("Reshape", self.op("Gemm", flat, slot, transB=1), shape)  # never turned: it is large
+        end = self.numbers(np.iinfo(np.int64).max)
+        return self.op(
+            "Concat", known, self.op("Slice", own, self.numbers(1), end, self.numbers(-1)), axis=-1
+        )
 
     def _attention(self, x: str, module: Any, path: str, i: int) -> str:
         qkv = []
