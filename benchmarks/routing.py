@@ -57,7 +57,10 @@ def averaged(rows: list[list[float]]) -> list[float]:
 def measured(run: Path, count: int) -> dict[str, Any]:
     """All of it, of one run."""
     bundle = run / "bundle"
-    names = list(open_manifest(bundle).domains)
+    domains = open_manifest(bundle).domains
+    if any(told.tokens for told in domains.values()):
+        raise SystemExit(f"{bundle}: its memories read text by tokens of their own, and cannot be composed")
+    names = list(domains)
     windows = {name: load_blocks(run / "domains" / f"{name}.safetensors").heldout[:count] for name in names}
     several = ["+".join(part) for n in range(2, len(names) + 1) for part in itertools.combinations(names, n)]
     table = {memory or BARE: read_under(bundle, memory, windows) for memory in (None, *names, *several)}

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-from koff_prune import KoffError, load_bundle
+from koff_prune import KoffError, load_bundle, load_tokenizer
 
 
 def main() -> None:
@@ -19,8 +18,9 @@ def main() -> None:
     for name in ("bundle", "memory", "prompt"):
         parser.add_argument(name)
     asked = parser.parse_args()
-    model = load_bundle(asked.bundle, memory=None if asked.memory == "none" else asked.memory)
-    tokenizer = AutoTokenizer.from_pretrained(asked.bundle)
+    memory = None if asked.memory == "none" else asked.memory
+    model = load_bundle(asked.bundle, memory)
+    tokenizer = load_tokenizer(asked.bundle, memory)  # a memory may have tokens of its own
     bos = json.loads((Path(asked.bundle) / "koff.json").read_text(encoding="utf-8"))[
         "bos"
     ]  # what memories were trained behind

@@ -28,6 +28,7 @@ _NOT_A_MEMORYS = {
     "cut": "the backbone of a bundle does not change",
     "structure": "the backbone of a bundle does not change",
     "compare": "nothing is compared",
+    "memory.tokens": "a bundle's vocabulary does not change",
     "export": "the bundle keeps its formats",
     "model.source": "the model is the bundle's",
     "model.revision": "the model is the bundle's",

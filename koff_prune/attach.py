@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from koff_export.errors import KoffError
 from koff_export.hub import FOR_TORCH, local
 from koff_prune.memory import Memories, load_memory, memory_of_folder
 from koff_prune.own_tokens import OwnTokens
-from koff_prune.pretrained import load
+from koff_prune.pretrained import short
 from koff_prune.recipe import Memory
 from koff_prune.vocabulary import set_rows
 
@@ -52,7 +52,12 @@ def load_tokenizer(bundle: str | Path, memory: str | None = None) -> PreTrainedT
         raise KoffError(f"memory '{memory}': not in {folder}; it has {', '.join(manifest.domains) or 'none'}")
     if memory is not None and manifest.domains[memory].tokens:
         folder = folder / "memories" / memory
-    return load(AutoTokenizer, str(folder), str(bundle), local_files_only=True)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads them to
+        reason = short(error)
+        raise KoffError(f"{folder}: its tokenizer cannot be read ({reason}); fetch it again") from error
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def saved_memory(
@@ -83,12 +88,14 @@ def attach(
     own, shrink = _grow(model, name, tensors["tokens"]) if "tokens" in tensors else (None, None)
     try:
         memories = Memories(model, memory, {name: prefill}, 0, own=own)
+        if shrink is not None:
+            memories.undo.append(shrink)
+        memories.load(name, tensors)
     except ValueError as error:  # PEFT finds no such modules
+        if shrink is not None:
+            shrink()
         reason = str(error).splitlines()[0][:200]
         raise KoffError(f"memory {name}: does not fit this backbone ({reason})") from error
-    if shrink is not None:
-        memories.undo.append(shrink)
-    memories.load(name, tensors)
     memories.activate(name)
     return memories
 

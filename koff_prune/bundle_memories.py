@@ -207,13 +207,13 @@ def pack_memory(bundle: Path, name: str, target: Path) -> Path:
     manifest = open_manifest(bundle)
     check_places(bundle, manifest, name)
     _told(bundle, manifest, name)
+    if not has_weights(bundle):
+        raise shipped(bundle, "what a memory is packed from")
     if target.exists():
         raise KoffError(f"{target}: is there already; remove it or name another file")
     if not target.parent.is_dir():
         raise KoffError(f"{target}: there is no folder {target.parent}; make it, or name another file")
     files = [f for f in _files(manifest, name) if f.startswith("memories/")]
-    if not files:
-        raise shipped(bundle, "what a memory is packed from")
     for file in files:
         check_file(bundle, manifest, file)
     contents = {
@@ -256,6 +256,8 @@ def unpack_memory(packed: Path, bundle: Path, *, replace: bool = False) -> dict[
                 )
             _check_name(bundle, manifest, name, replace)
             attach_memory(load_backbone(bundle), place)  # refuses the shapes of another backbone
+            if tell_memory(place, name, []).get("tokens", 0) != contents["told"].get("tokens", 0):
+                raise KoffError(f"{packed}: has other tokens than it says; fetch it again")
             more = {k: v for k, v in contents["told"].items() if k in _MORE}
             more["unpacked"] = True  # whatever made it, this bundle's own run did not
             return _publish(bundle, manifest, name, place, more)

@@ -170,7 +170,7 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
         log += read_log(run.folder / "checkpoints" / phase)
     begun, now = read_json(run.folder / "run.json")["versions"], versions()
     changed = [f"{name} {begun.get(name)} to {v}" for name, v in now.items() if begun.get(name) != v]
-    notes = sentences(shared_text(run.domains))
+    notes = sentences(shared_text(run.domains, run.dense.in_common))
     notes += [f"Rows were made under different versions: {', '.join(changed)}."] if changed else []
     write_report(
         run.folder,
@@ -189,18 +189,20 @@ def _write(run: Run, rows: list[dict[str, Any]]) -> None:
 def _vocabulary(run: Run, dense: dict[str, Any]) -> str:
     """How many tokens stay, and what those that leave cost alone."""
     whole, kept, own = run.whole.config.vocab_size, run.dense.config.vocab_size, run.dense.own
-    found = perplexities(trimmed_losses(run), heldout_counts(run))["gmean"]
+    counts = heldout_counts(run)
+    found = perplexities(trimmed_losses(run, attached=own is not None), counts)["gmean"]
     share = f"{run.units.trimmed / run.units.denominator('total'):.1%} of all parameters"
-    told = f"{kept:,} of {whole:,} tokens stay ({share} leave with the others): that alone"
+    told, bare = f"{kept:,} of {whole:,} tokens stay ({share} leave with the others): that alone", ""
     if own is not None:
         each = ", ".join(f"{name} {own.count(name):,}" for name in own.spans)
         told = (
             f"{own.shared:,} of {whole:,} tokens stay in the backbone ({share} leave it with the others), and"
-            f" memories have tokens of their own: {each}. That no other is left, alone,"
+            f" memories have tokens of their own ({each}): having these alone"
         )
+        bare = f", and the backbone's alone {perplexities(trimmed_losses(run), counts)['gmean']:.2f}"
     return (
         f"{told} makes the dense model's perplexity {found:.2f} instead of"
-        f" {dense['perplexity']['gmean']:.2f}. Perplexities are by the dense model's own tokens."
+        f" {dense['perplexity']['gmean']:.2f}{bare}. Perplexities are by the dense model's own tokens."
     )
 
 

@@ -6,7 +6,7 @@ training text shapes the one mask, its compensation and what is recovered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -19,21 +19,24 @@ WORTH_A_WORD = 0.01  # share of a domain's held-out text
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits evenly mixed (Knuth's golden ratio)
 
 
-def shared_text(domains: Mapping[str, DomainBlocks]) -> dict[tuple[str, str], float]:
+def shared_text(
+    domains: Mapping[str, DomainBlocks], read: Callable[[torch.Tensor], list[torch.Tensor]] = list
+) -> dict[tuple[str, str], float]:
     """How much of every domain's held-out text stands in every domain's training text, word for word.
 
     Args:
         domains: Their token blocks.
+        read: From windows to the same text in tokens that all domains have in common.
 
     Returns:
         By (held out in, trained on in): the share of the held-out windows' spans of `SPAN` tokens that are
         found there, at whatever place. Spans that are read and not learned, such as a system prompt that all
         conversations share, count nowhere. Empty where windows are shorter than a span.
     """
-    trained = {name: np.unique(_spans(blocks.train, 1)) for name, blocks in domains.items()}
+    trained = {name: np.unique(_all_spans(read(blocks.train), 1)) for name, blocks in domains.items()}
     result = {}
     for name, blocks in domains.items():
-        held = _spans(blocks.heldout, SPAN)
+        held = _all_spans(read(blocks.heldout), SPAN)
         for other, known in trained.items():
             if len(held) and len(known):
                 result[name, other] = float(np.isin(held, known).mean())
@@ -49,6 +52,15 @@ def sentences(shared: Mapping[tuple[str, str], float]) -> list[str]:
         for (name, other), share in shared.items()
         if share >= WORTH_A_WORD
     ]
+
+
+def _all_spans(rows: list[torch.Tensor], stride: int) -> np.ndarray:
+    """`_spans` of rows of any lengths; those of one length go together."""
+    by_length: dict[int, list[torch.Tensor]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    found = [_spans(torch.stack(some), stride) for some in by_length.values()]
+    return np.concatenate(found) if found else np.empty(0, np.uint64)
 
 
 def _spans(windows: torch.Tensor, stride: int) -> np.ndarray:

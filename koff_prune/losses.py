@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def bare(dense: Dense) -> Memories:
     """A dense model without a memory, on the device; `dense` forgets it."""
-    return Memories(on_device(dense.take()), Memory(lora=None, kv=None), {}, 0)
+    return Memories(on_device(dense.take()), Memory(lora=None, kv=None), {}, 0, own=dense.own)
 
 
 def losses_of(
@@ -46,10 +46,10 @@ def losses_of(
     return _kept(run, path, arm.method, lambda: cut_arm(run, arm, folder, keep_backbone=main), attached)
 
 
-def trimmed_losses(run: Run) -> dict[str, list[float]]:
-    """The same of the dense model that has lost tokens and nothing else."""
-    path = run.folder / "rows" / "vocabulary" / "losses-off.json"
-    return _kept(run, path, "dense, trimmed", lambda: bare(run.dense))
+def trimmed_losses(run: Run, attached: bool = False) -> dict[str, list[float]]:
+    """The same of the dense model that has lost tokens and no more; `attached`: each domain has its own."""
+    path = run.folder / "rows" / "vocabulary" / ("losses.json" if attached else "losses-off.json")
+    return _kept(run, path, "dense, trimmed", lambda: bare(run.dense), attached)
 
 
 def _kept(

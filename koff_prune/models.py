@@ -39,6 +39,7 @@ from koff_prune.packages import cached_files, fetch_files
 from koff_prune.pretrained import load, short, told
 from koff_prune.progress import say
 from koff_prune.recipe import SEED, ModelSection, PackageFile
+from koff_prune.retokenise import read_again
 from koff_prune.weights import WEIGHTS, Weights, has_weights
 
 # Without their first token these models see text that they were never trained on; a tokenizer that came out
@@ -89,6 +90,13 @@ class Dense:
     def reader(self, domain: str | None) -> PreTrainedTokenizerBase:
         """The tokenizer of what is read with a domain's memory, or (None) without one."""
         return self.tokenizer if self.own is None else self.own.readers[domain]
+
+    def in_common(self, windows: torch.Tensor) -> list[torch.Tensor]:
+        """Windows of any domain, int64 [n, window], in the tokens that all domains have."""
+        if self.own is None:
+            return list(windows)
+        there = self.own.rows(None).tolist()
+        return read_again(windows, dict(zip(there, there, strict=True)), self.tokenizer, self.reader(None))
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,8 @@ def write_own_tokens(run: Run, domain: str, folder: Path) -> None:
     tensors = {key: rows[name].contiguous() for key, name in names.items() if name in rows}
     save_file(tensors, folder / FILES["tokens"], metadata={"format": "pt"})
     write_reader(run.dense, domain, folder)
+    for place in (path for path in folder.iterdir() if path.is_dir()):
+        shutil.rmtree(place)  # further chat templates: they are the bundle's
 
 
 def tell_narrowed(run: Run, narrowed: Narrowed, domain: str, bundle: Path) -> dict[str, Any]:

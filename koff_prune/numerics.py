@@ -53,7 +53,7 @@ def numerics(folder: Path, offered: tuple[Path, Path] | None = None) -> dict[str
     for profile in manifest.graph.profiles:  # torch is gone by now: one model in memory at a time
         runtime = Runtime.open(folder, verify=False, profile=profile, mapped=True)
         if offered is not None:
-            runtime.memory("offered", offered[1])
+            runtime.memory("offered", offered[1], offered[0] / "tokenizer.json")
         for name, logits in expected.items():
             found = runtime.logits(texts[name][0].tolist(), name)
             worst = np.abs(found - logits).max()

@@ -45,6 +45,9 @@ class Router:
         if len(tokens) < 2:
             return Choice(None)
         merged, context = self.manifest.merged, self.manifest.context
+        # as `koff_export.router.route` has it
+        divided = any(told.tokens for told in self.manifest.domains.values())
+        lead = self.manifest.eos[:1] if divided and tokens[0] != self.manifest.bos else []
 
         def loss(name: str | None) -> float:
             name = name or (merged if merged in self.manifest.domains else None)  # what is left of it: the KV
@@ -58,13 +61,14 @@ class Router:
                 reader = load_tokenizer(self.folder, name)
                 mine = reader(text, add_special_tokens=False)["input_ids"]
             try:
-                return total_nats(attached, torch.tensor(mine), name) / (len(tokens) - 1)
+                row = torch.tensor([*lead, *mine])
+                return total_nats(attached, row, name) / (len(lead) + len(tokens) - 1)
             finally:
                 self.model = attached.unwrap()
 
         fitting = [
             name
             for name, told in self.manifest.domains.items()
-            if context is None or len(tokens) + told.kv_tokens < context
+            if context is None or len(lead) + len(tokens) + told.kv_tokens < context
         ]
         return choose([] if merged else fitting, loss)

@@ -209,7 +209,7 @@ class Run:
                 self._trim_vocabulary(folder)
             check_seal(folder, str(folder))
             self._check_vocabulary(folder)
-        return trimmed(self.whole, folder)
+        return trimmed(self.whole, folder, self.recipe.memory.tokens)
 
     def _trim_vocabulary(self, folder: Path) -> None:
         from koff_prune.domains import count_tokens, split_documents
@@ -314,7 +314,7 @@ class Run:
                 write_text(lines, text)
         self.check_texts({name: blocks.digest for name, blocks in result.items()})
         if fresh:
-            for sentence in sentences(shared_text(result)):
+            for sentence in sentences(shared_text(result, self.dense.in_common)):
                 say(sentence)
         return result
 

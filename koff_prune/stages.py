@@ -89,10 +89,12 @@ def better_ranking(run: Run, method: str, compensate: str) -> str:
                 for ranking in ("global", "per_layer"):
                     arm = Arm(method, ranking, compensate=compensate)
                     model = _cut_model(run, arm, plan_arm(run, arm, run.folder / "rows" / arm.slug))
-                    bare = Memories(on_device(model), Memory(lora=None, kv=None), {}, 0)
+                    bare = Memories(
+                        on_device(model), Memory(lora=None, kv=None), {}, 0, own=run.dense.own
+                    )  # none has a memory; what a domain has is its own tokens
                     losses[ranking] = sum(
-                        mean_nats(window_losses(bare, b.scoring, None, progress), learned_tokens(b.scoring))
-                        for b in run.domains.values()
+                        mean_nats(window_losses(bare, b.scoring, name, progress), learned_tokens(b.scoring))
+                        for name, b in run.domains.items()
                     )
             write_json(path, finite(losses))
         found: dict[str, float] = infinite(read_json(path))

@@ -257,10 +257,11 @@ def _offloaded(parts: Cast) -> tuple[dict[str, Any] | None, list[str]]:
     said = []
     if worth_koff.value <= 0:
         said.append("koff does not need its memories: taking them off does not make it worse.")
-    if value.value <= 0 or (value.low is not None and value.low <= 0):
+    shown = value.low is not None and value.low > 0
+    if shown or value.value <= 0 or value.low is not None:
         said.append(
-            f"Offloading is not shown: memories are worth {worth_koff.value:.3f} nats to koff and "
-            f"{worth_dense.value:.3f} to the dense model; the difference is {value}."
+            f"Offloading is{'' if shown else ' not'} shown: memories are worth {worth_koff.value:.3f} nats to"
+            f" koff and {worth_dense.value:.3f} to the dense model; the difference is {value}."
         )
     worth = {"worth_to_koff": asdict(worth_koff), "worth_to_dense": asdict(worth_dense)}
     return {**asdict(value), "nats": worth}, said

@@ -89,7 +89,7 @@ def write_divided(dense: Dense, counts: Mapping[str, torch.Tensor], coverage: fl
     }
     owners = Counter(token for kept in by_domain.values() for token in kept)
     shared = staying(data, (token for token, count in owners.items() if count > 1), needed, size)
-    own = {name: sorted(kept - shared) for name, kept in by_domain.items()}
+    own = {name: sorted(by_domain[name] - shared) for name in sorted(by_domain)}
     order = [*sorted(shared), *chain.from_iterable(own.values())]
     new = {old: n for n, old in enumerate(order)}
     readers = {DIVIDED / name: [*shared, *tokens] for name, tokens in own.items()}
@@ -188,13 +188,15 @@ def trim_config(config: PretrainedConfig, new: Mapping[int, int], mark: str) -> 
     return config
 
 
-def trimmed(dense: Dense, folder: Path) -> Dense:
+def trimmed(dense: Dense, folder: Path, divided: bool = False) -> Dense:
     """The dense model with the vocabulary that `write_vocabulary` left in `folder`; nothing is read yet.
 
     Raises:
         KoffError: The folder is damaged.
     """
     kept = read_json(folder / KEPT)
+    if (folder / OWN).exists() != divided:
+        raise KoffError(f"{folder / OWN}: is missing or foreign; remove {folder}, and --resume makes it anew")
     rows = torch.tensor(kept)
     new = {old: n for n, old in enumerate(kept)}
     mark = sha256_file(folder / KEPT)
@@ -216,7 +218,7 @@ def trimmed(dense: Dense, folder: Path) -> Dense:
         tokenizer=_open_tokenizer(folder, dense.source),
         config_sha256=config_sha256(config),
         bos=None if dense.bos is None else new[dense.bos],
-        own=_divided(folder, len(kept), dense.source) if (folder / OWN).exists() else None,
+        own=_divided(folder, len(kept), dense.source) if divided else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from itertools import groupby
@@ -24,6 +25,7 @@ from koff_export.router import route
 from koff_export.runtime import Runtime
 from koff_export.ship import ship
 from koff_prune.evaluate import window_losses
+from koff_prune.leaks import shared_text
 from koff_prune.learner import Learner
 from koff_prune.losses import predicted_tokens
 from koff_prune.memory import Memories
@@ -123,7 +125,7 @@ def test_what_leaves_is_counted(place: Path) -> None:
         assert opened.units.trimmed == gone * token_parameters(model.config)
     own = [domain["tokens"] for domain in told["domains"].values()]
     notes = " ".join(report["notes"])
-    assert f"{model.config.vocab_size} of" in notes and f"law {own[0]}, code {own[1]}" in notes
+    assert f"{model.config.vocab_size} of" in notes and f"code {own[1]}, law {own[0]}" in notes
     card = (bundle / "README.md").read_text()
     assert "two domains or more use" in card and f"| {own[0]:,} |" in card and "load_tokenizer" in card
 
@@ -186,8 +188,15 @@ def test_a_prompt_picks_its_memory_by_the_nats_of_the_same_text(place: Path) -> 
         bare = runtime.encode(text)
         here, there = route(runtime, bare), router.choose(text)
         assert here.losses == pytest.approx(there.losses, rel=1e-3)
-        mine = runtime.encode(text, "law")
-        assert here.losses["law"] == pytest.approx(runtime.score([mine], "law")[0] / (len(bare) - 1))
+        lead = runtime.manifest.eos[:1] if runtime.manifest.bos is None else []
+        mine = [*lead, *runtime.encode(text, "law")]
+        count = len(lead) + len(bare) - 1
+        assert here.losses["law"] == pytest.approx(runtime.score([mine], "law")[0] / count, rel=1e-5)
+    # a prompt that is one of a memory's own tokens is not free for it
+    reader = package.load_tokenizer(bundle, "law")
+    own = range(runtime.vocab_size, len(reader))
+    word = next(w for token in own if len(runtime.encode(w := reader.decode([token]))) > 1)
+    assert route(runtime, runtime.encode(word)).losses["law"] > 0
 
 
 def test_one_memory_merged(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +259,61 @@ def test_memories_of_such_a_bundle_come_and_go(
     assert Runtime.open(bundle).encode(LAW, "more") == Runtime.open(bundle).encode(LAW)
 
 
+def test_a_replaced_memory_reads_by_its_new_tokenizer(place: Path, tmp_path: Path) -> None:
+    """Its tokenizer comes and goes with it, and is read at once: what becomes of the disk is no matter."""
+    bundle = shutil.copytree(place / "run" / "bundle", tmp_path / "bundle")
+    runtime = Runtime.open(bundle, verify=False)
+    runtime.memory("law")
+    before = runtime.encode(LAW, "law")
+    file = bundle / "memories" / "law" / "tokenizer.json"
+    data, backbone = json.loads(file.read_text()), runtime.vocab_size
+    own = {text: n for text, n in data["model"]["vocab"].items() if n >= backbone}
+    data["model"]["vocab"] |= {text: backbone + len(own) - 1 - (n - backbone) for text, n in own.items()}
+    file.write_text(json.dumps(data))
+    told = told_of(bundle)
+    entry = told["files"]["memories/law/tokenizer.json"]
+    (bundle / "koff.json").write_text(json.dumps(told | {"files": told["files"] | {
+        "memories/law/tokenizer.json": {**entry, "size": file.stat().st_size}}}))  # fmt: skip
+    assert runtime.encode(LAW, "law") == before
+    runtime.evict("law")
+    after = runtime.encode(LAW, "law")
+    assert after != before and runtime.tokenizer_of("law").decode(after) == LAW
+
+
+def test_a_memory_with_anothers_tokenizer_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(place / "run" / "bundle", tmp_path / "bundle")
+    told = told_of(bundle)
+    told["domains"]["law"]["tokenizer"] = "memories/code/tokenizer.json"
+    (bundle / "koff.json").write_text(json.dumps(told))
+    with pytest.raises(package.KoffError, match="tokenizer of another memory"):
+        Runtime.open(bundle).encode(LAW, "law")
+    mistake(koff_prune(capsys, "verify", bundle), "tokenizer of another memory")
+    told["domains"]["law"]["tokenizer"] = "memories/law/tokenizer.json"
+    told["graph"]["vocab_size"] += 5
+    (bundle / "koff.json").write_text(json.dumps(told))
+    with pytest.raises(package.KoffError, match="fetch the bundle again"):
+        Runtime.open(bundle, profile="portable").logits([5, 6])
+    shutil.copy2(bundle / "onnx/memories/law.onnx_adapter", bundle / "onnx/memories/other.onnx_adapter")
+    with pytest.raises(package.KoffError, match="no tokenizer is listed"):
+        Runtime.open(bundle).memory("other")
+
+
+def test_text_that_another_domain_trains_on_is_found_in_its_tokens(place: Path) -> None:
+    """Two domains read the same words by different tokens."""
+    with finished_run(place / "run") as run:
+        mine, theirs, own = run.domains["law"], run.domains["code"], run.dense.own
+        assert own is not None
+        texts = [run.dense.tokenizer.decode(w) for w in mine.heldout]
+        reader = run.dense.reader("code")
+        ids = [i for text in texts for i in reader(text, add_special_tokens=False)["input_ids"]]
+        leaked = dataclasses.replace(theirs, train=torch.tensor([ids]))
+        found = shared_text({"law": mine, "code": leaked}, run.dense.in_common)
+        assert found["law", "code"] > 0.5
+        assert shared_text({"law": mine, "code": theirs}, run.dense.in_common)["law", "code"] == 0
+
+
 def test_damage_is_told(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     bundle = shutil.copytree(place / "run" / "bundle", tmp_path / "bundle")
     rows = bundle / "memories" / "law" / "tokens.safetensors"
@@ -268,7 +332,7 @@ def test_damage_is_told(place: Path, capsys: pytest.CaptureFixture[str], tmp_pat
     told["domains"]["law"]["tokenizer"] = "../elsewhere.json"
     told["domains"]["law"]["tokens"] -= 1
     (bundle / "koff.json").write_text(json.dumps(told))
-    with pytest.raises(package.KoffError, match="lists no"):
+    with pytest.raises(package.KoffError, match="lists|listed"):
         Runtime.open(bundle, verify=False).encode(LAW, "law")
 
 

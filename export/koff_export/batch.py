@@ -94,9 +94,9 @@ def generate_batch(
     ids = [runtime.encode(*pair) for pair in zip(prompts, memories, strict=True)]
     for tokens, memory in zip(ids, memories, strict=True):
         runtime.check_tokens(tokens, memory, min(1, max_new_tokens))
-    ends = {*runtime.manifest.eos, *stop_tokens(runtime.tokenizer, stop)}
     answers = [""] * len(prompts)
     for memory in dict.fromkeys(memories):
+        ends = {*runtime.manifest.eos, *stop_tokens(runtime.tokenizer_of(memory), stop)}
         # texts of like length go together, for padding is computed too
         mine = sorted((i for i, m in enumerate(memories) if m == memory), key=lambda i: len(ids[i]))
         for some in (mine[at : at + rows] for at in range(0, len(mine), rows)):

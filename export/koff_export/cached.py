@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import onnxruntime as ort
 
+from koff_export.errors import KoffError
 from koff_export.graph import is_kv_slot
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class CacheOfGraph:
 
     def __init__(self, runtime: Runtime, memory: str | None, rows: int = 1) -> None:
         self.runtime, self.options = runtime, runtime.run_options(memory)
+        self.words = runtime.words(memory)
         self.past = {
             name: _VALUE(np.repeat(value.numpy(), rows, 0)) for name, value in runtime.empty_cache.items()
         }
@@ -50,6 +52,8 @@ class CacheOfGraph:
         """See `Cache`."""
         values = {name: _VALUE(np.ascontiguousarray(a)) for name, a in _feeds(ids, mask, positions).items()}
         logits, *present = self.runtime.run({**values, **self.past}, self.options)
+        if logits.shape()[-1] != self.words:
+            raise KoffError("the graph has other tokens than koff.json says: fetch the bundle again")
         self.past = dict(zip(self.past, present, strict=True))
         return np.asarray(logits.numpy())
 

@@ -121,7 +121,7 @@ def _score_windows(runtime: Runtime, path: str, memory: str | None) -> list[list
             if runtime.manifest.told.get("vocabulary"):
                 raise KoffError(
                     f"{path}, line {number}: numbers of tokens, and this bundle has numbered its own anew"
-                    ' (export.merged_vocabulary); give {"text": "…"} instead'
+                    ' (memory.tokens, export.merged_vocabulary); give {"text": "…"} instead'
                 )
             with at_line(path, number):
                 runtime.check_tokens([t if t >= 0 else -1 - t for t in tokens], memory)

@@ -53,13 +53,19 @@ def route(runtime: Runtime, tokens: Sequence[int]) -> Choice:
         return Choice(None)
     runtime.reread()  # a memory may have come or gone since
 
+    for name in (names := runtime.memories):
+        runtime.memory(name)
+    # readings that begin with different tokens are compared by all of them: the first one has to be said too
+    bos, eos = runtime.manifest.bos, runtime.manifest.eos
+    divided = any(runtime.words(name) > runtime.vocab_size for name in names)
+    lead = eos[:1] if divided and tokens[0] != bos else []
+
     def loss(name: str | None) -> float:
         mine = tokens
         if runtime.words(name) > runtime.vocab_size:
             text = runtime.tokenizer.decode(tokens, skip_special_tokens=False)
-            mine = runtime.encode(text, name, bos=tokens[0] == runtime.manifest.bos)
-        return runtime.score([mine], name)[0] / (len(tokens) - 1)
+            mine = runtime.encode(text, name, bos=tokens[0] == bos)
+        return runtime.score([[*lead, *mine]], name)[0] / (len(lead) + len(tokens) - 1)
 
-    for name in (names := runtime.memories):
-        runtime.memory(name)
-    return choose([name for name in names if runtime.room(tokens, name, 1) > 0], loss)
+    room = len(lead) + 1
+    return choose([name for name in names if runtime.room(tokens, name, room) == room], loss)

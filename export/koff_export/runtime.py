@@ -19,11 +19,13 @@ from koff_export.errors import NO_GRAPH, KoffError
 from koff_export.files import safe_join
 from koff_export.graph import check_onnx
 from koff_export.hub import FOR_DEVICES, local
+from koff_export.readers import Readers
 from koff_export.sampling import How, check_length, sampling_of
 from koff_export.session import check_session, open_session, run_errors
-from koff_export.text import ChatTemplate, open_tokenizer, stop_tokens, stream_text, tokens_of, until_stop
+from koff_export.text import ChatTemplate, stop_tokens, stream_text, tokens_of, until_stop
 
 _ADAPTERS = "onnx/memories"
+Place = str | os.PathLike[str]
 
 
 class Runtime:
@@ -48,14 +50,14 @@ class Runtime:
         within = manifest.domains.get(manifest.merged or "")
         self._kv_tokens: dict[str, int] = {"": within.kv_tokens if within else 0}
         self.vocab_size = manifest.graph.vocab_size if manifest.graph else 0  # the backbone's tokens
-        self._tokenizers: dict[str, Any] = {}  # by path
+        self._readers = Readers(self.file)
         self._outputs = [output.name for output in session.get_outputs()]
         self.empty_cache, self._slots, self._kv_slots = check_session(session, manifest, profile)
 
     @classmethod
     def open(
         cls,
-        bundle: str | os.PathLike[str],
+        bundle: Place,
         precision: str | None = None,
         verify: bool = True,
         threads: int | None = None,
@@ -103,7 +105,7 @@ class Runtime:
         )
         return listed + sorted(set(added) - set(listed))
 
-    def memory(self, name: str, file: str | os.PathLike[str] | None = None) -> None:
+    def memory(self, name: str, file: Place | None = None, tokenizer: Place | None = None) -> None:
         """Loads a memory now, so that its first use does not wait for the disk.
 
         Its file stays mapped until `evict` (or read, for a cache in place): replace it by renaming a new one
@@ -112,6 +114,7 @@ class Runtime:
         Args:
             name: The memory's name.
             file: An `.onnx_adapter` from elsewhere, which goes by this name until `evict`.
+            tokenizer: The tokenizer.json of that, where it has tokens of its own.
 
         Raises:
             KoffError: no such memory, or its file is damaged or belongs to another backbone.
@@ -119,14 +122,18 @@ class Runtime:
         if not name:
             raise KoffError("a memory has a name: leave it out for the bare backbone")
         if file is not None:
-            self._adapters[name] = self._open(Path(file), name)
+            self._adapters[name] = self._open(Path(file), name, Path(tokenizer) if tokenizer else None)
         elif name not in self._adapters:
             self._adapters[name] = self._own(name)
         self._kv_tokens[name] = self._adapters[name].kv_tokens
 
-    def _open(self, path: Path, name: str) -> Adapter:
+    def _open(self, path: Path, name: str, tokenizer: Path | None) -> Adapter:
         slots = self._slots if self.manifest.merged else {**self._slots, **self._kv_slots}
-        return open_adapter(path, name, slots, self.profile == "in_place")
+        adapter = open_adapter(path, name, slots, self.profile == "in_place")
+        self._readers.forget(name)
+        if adapter.own_tokens:
+            self._readers.load(name, tokenizer, self.vocab_size + adapter.own_tokens)
+        return adapter
 
     def _own(self, name: str) -> Adapter:
         """A memory of the bundle, as the manifest names it now."""
@@ -140,7 +147,8 @@ class Runtime:
         path = safe_join(self.folder, relative)
         if relative in self.manifest.files or domain is not None:
             check_file(self.folder, self.manifest, relative, hashes=self._verify)
-        adapter = self._open(path, name)
+        reader = self.file(domain.tokenizer) if domain is not None and domain.tokenizer else None
+        adapter = self._open(path, name, reader)
         found = (adapter.kv_tokens, adapter.own_tokens)
         if domain is not None and found != (domain.kv_tokens, domain.tokens):
             raise KoffError(f"the memory {name!r} is not as koff.json says: fetch it again")
@@ -162,6 +170,7 @@ class Runtime:
     def evict(self, name: str) -> None:
         """Forgets a loaded memory; it is read again when it is next used."""
         self._adapters.pop(name, None)
+        self._readers.forget(name)
 
     def run_options(self, memory: str | None) -> ort.RunOptions:
         """Options for calls with `memory` attached, or for the bare backbone."""
@@ -237,15 +246,9 @@ class Runtime:
         Raises:
             KoffError: the bundle lists none.
         """
-        name = "tokenizer.json"
-        if memory is not None and self.words(memory) > self.vocab_size:
-            domain = self.manifest.domains.get(memory)
-            name = (domain.tokenizer if domain else None) or f"tokenizer of {memory!r}"
-        if name not in self._tokenizers:
-            if (path := self.file(name)) is None:
-                raise KoffError(f"the bundle lists no {name}: only token numbers can be used with it")
-            self._tokenizers[name] = open_tokenizer(path)
-        return self._tokenizers[name]
+        if memory is not None:
+            self.memory(memory)
+        return self._readers.of(memory)
 
     def encode(self, text: str, memory: str | None = None, *, bos: bool = True) -> list[int]:
         """Tokens of `text` for `memory`, led by the manifest's `bos` if it has one; no other special tokens.

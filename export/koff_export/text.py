@@ -23,11 +23,15 @@ _CONTEXT = 8  # prompt tokens decoded along with the first new ones, so that a l
 _FAR = 64  # at most so many, where the nearest begin inside a character
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: Path, words: int | None = None) -> Tokenizer:
     """Opens a tokenizer.json.
 
+    Args:
+        path: The file.
+        words: Its tokens must be numbered from 0 up to this; None: they may be anything.
+
     Raises:
-        KoffError: it is missing or not a tokenizer.
+        KoffError: it is missing, not a tokenizer, or one of other tokens.
     """
     from tokenizers import Tokenizer
 
@@ -35,9 +39,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()  # a prompt is neither cut nor filled up, whatever it was last used for
         tokenizer.no_padding()
-        return tokenizer
     except Exception as error:  # the tokenizers package raises bare Exception
         raise KoffError(f"cannot read the tokenizer {path} ({error}): fetch the bundle again") from error
+    if words is not None and set(tokenizer.get_vocab().values()) != set(range(words)):
+        raise KoffError(f"{path} is the tokenizer of another memory: fetch the bundle again")
+    return tokenizer
 
 
 def tokens_of(tokenizer: Tokenizer, text: str, bos: int | None) -> list[int]:
