@@ -189,7 +189,7 @@ def test_an_addition_whose_text_was_changed_begins_anew(
     ("file", "says"),
     [
         ("adapter_config.json", "adapter_config.json or adapter_model.safetensors is missing"),
-        ("kv.safetensors", "a cache of 0, and koff.json tells of"),
+        ("kv.safetensors", "a cache of 0 and 0 tokens, and koff.json tells of"),
     ],
 )
 def test_half_a_memory_is_none(bundle: Path, file: str, says: str) -> None:

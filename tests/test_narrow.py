@@ -119,7 +119,8 @@ def test_it_is_told_and_checked(place: Path, capsys: pytest.CaptureFixture[str],
     assert koff_prune(capsys, "verify", small).code == 0
     damaged = shutil.copytree(small, tmp_path / "damaged")
     for wrong, says in (
-        ({"of": of - 1}, "parameters, plan.json and koff.json say"),
+        ({"counted": of - 1}, "parameters, plan.json and koff.json say"),
+        ({"of": of - 1}, "another vocabulary"),
         ({"of": 10**4299}, "another vocabulary"),
         ({"kept": 7}, "another vocabulary"),
         ({"perplexity": "x"}, "another vocabulary"),
