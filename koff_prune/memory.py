@@ -327,7 +327,7 @@ FILES = {**MEMORY_FILES, "tokens": "tokens.safetensors"}  # and of its own token
 def save_memory(
     folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], memory: Memory, base: str
 ) -> None:
-    """Writes one domain's memory: a plain PEFT LoRA folder, and kv.safetensors beside it."""
+    """Writes one domain's memory: a plain PEFT LoRA folder, and its other parts beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, file in FILES.items():
         if part in tensors:

@@ -1,8 +1,9 @@
 """One ONNX graph for the backbone, with a slot for every tensor of a memory; one adapter file per memory.
 
-The slots (`memory.{i}.key/value`, `{module}.lora_A/B.weight`) are graph inputs with zero-size defaults: left
-alone, the graph is the bare backbone; ONNX Runtime fills them from an `.onnx_adapter` for the length of one
-call. The graph of `export_onnx` is the portable profile: operators of the ONNX standard alone.
+The slots (`memory.{i}.key/value`, `memory.tokens.embedding/head`, `{module}.lora_A/B.weight`) are graph
+inputs with defaults that do nothing: left alone, the graph is the bare backbone; ONNX Runtime fills them from
+an `.onnx_adapter` for the length of one call. The graph of `export_onnx` is the portable profile: operators
+of the ONNX standard alone.
 
 Needs torch, transformers and onnx; imported only when exporting.
 """
@@ -40,7 +41,7 @@ class GraphInfo:
         layers: Number of decoder layers.
         kv_heads: KV heads of each layer.
         head_dim: Size of one head.
-        vocab_size: Width of the logits.
+        vocab_size: Width of the bare backbone's logits.
         inputs: Input names in order, slots included.
         outputs: Output names in order.
     """
@@ -323,7 +324,7 @@ def write_adapter(
 ) -> None:
     """Writes one memory as an `.onnx_adapter`, float32.
 
-    What a memory does not carry is left out: the graph's zero-size default then stands.
+    What a memory does not carry is left out: the graph's default then stands.
 
     Args:
         path: The file to write.

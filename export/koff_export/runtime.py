@@ -387,7 +387,7 @@ class Runtime:
         return scoring.score(self, windows, memory)
 
     def logits(self, tokens: Sequence[int], memory: str | None = None) -> np.ndarray:
-        """Logits after every one of `tokens`, float32 [len(tokens), vocabulary]."""
+        """Logits after every one of `tokens`, float32 [len(tokens), words(memory)]."""
         self.check_tokens(tokens, memory)
         return CachedText(self, memory).read(tokens)
 
