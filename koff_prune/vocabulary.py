@@ -94,10 +94,7 @@ def write_divided(dense: Dense, counts: Mapping[str, torch.Tensor], coverage: fl
     new = {old: n for n, old in enumerate(order)}
     readers = {DIVIDED / name: [*shared, *tokens] for name, tokens in own.items()}
     for place, tokens in {Path(): order, _BACKBONE: shared, **readers}.items():
-        if place != Path():
-            dense.tokenizer.save_pretrained(str(folder / place))
-        number_tokens(folder / place, {old: new[old] for old in tokens}, spelled=True)
-        _check_read_back(folder / place, dense, (new[old] for old in tokens), ASKED)
+        _write_numbered(dense, {old: new[old] for old in tokens}, folder / place)
     write_json(folder / OWN, {"shared": len(shared), "own": {name: len(ids) for name, ids in own.items()}})
     write_text(folder / KEPT, json.dumps(order))
 
@@ -115,10 +112,15 @@ def write_reader(dense: Dense, domain: str | None, folder: Path) -> list[int]:
     """
     assert dense.own is not None
     there: list[int] = dense.own.rows(domain).tolist()
-    dense.tokenizer.save_pretrained(str(folder))
-    number_tokens(folder, {old: n for n, old in enumerate(there)}, spelled=True)
-    _check_read_back(folder, dense, range(len(there)), ASKED)
+    _write_numbered(dense, {old: n for n, old in enumerate(there)}, folder)
     return there
+
+
+def _write_numbered(dense: Dense, new: Mapping[int, int], folder: Path) -> None:
+    """Writes the tokenizer with some tokens alone, numbered anew in any order."""
+    dense.tokenizer.save_pretrained(str(folder))
+    number_tokens(folder, new, spelled=True)
+    _check_read_back(folder, dense, new.values(), ASKED)
 
 
 def _needed(dense: Dense, counts: Mapping[str, torch.Tensor]) -> set[int]:
